@@ -1,0 +1,27 @@
+"""The exceptions that esfast raises at its boundaries.
+
+Each message says what was seen, what was expected and how to mend it, and is raised before anything
+is changed. The command line prints them as one paragraph and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class EsfastError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ParameterError(EsfastError, ValueError):
+    """A weight, segment or tensor that the core cannot edit exactly."""
+
+
+class ConfigError(EsfastError, ValueError):
+    """A setting outside its range, or settings that contradict each other."""
+
+
+class DataError(EsfastError, ValueError):
+    """A file, data set or checkpoint whose content is not what its format promises."""
+
+
+class StateError(EsfastError, RuntimeError):
+    """A call that the present state does not allow."""
