@@ -1,0 +1,113 @@
+"""What an engine is: the thing that turns prompts into completions under the weights as they are now.
+
+A training loop perturbs the weights through `esfast.Weights`, calls `weights_changed()` and asks
+for `generate(...)`; it knows nothing else about the engine. An engine never edits a weight.
+
+Contract:
+- The same prompts, sampling and weights give the same tokens on the same machine and engine,
+  whatever was generated before: batches are composed from the prompts alone.
+- It is not promised that two engines, devices, batch sizes or thread counts give the same tokens;
+  the order of floating-point sums differs between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+from esfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from esfast.parameters import ParameterTable
+
+Message: TypeAlias = Mapping[str, str]
+"""One chat message: `{"role": "user", "content": "2 + 2?"}`."""
+
+Prompt: TypeAlias = "str | Sequence[Message]"
+"""What the user says (one message), or a whole conversation that ends before the answer."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the tokens of a completion.
+
+    `temperature=0` is greedy decoding; `top_p` and `seed` count only above it. `seed` and a prompt's
+    position in the list decide its random numbers, not the batch that it falls into. A completion
+    ends before the first of the `stop` texts, at the model's end token, or after `max_new_tokens`.
+    Raises ConfigError for a value outside its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine could do."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ConfigError(
+                f"temperature is {self.temperature}; expected a finite number of 0 (greedy) or more."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        if isinstance(self.stop, str) or any(not text for text in self.stop):
+            raise ConfigError(
+                f"stop is {self.stop!r}; expected a tuple of non-empty texts, such as ('\\n',)."
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken at every step."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model answered to one prompt.
+
+    `text`: without the prompt, special tokens and the stop text. `tokens`: how many tokens the model
+    generated for it, the end token included. `finished`: it ended by itself (end token or a stop
+    text) rather than at `max_new_tokens`.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates text with weights that `esfast.Weights` edits in place."""
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens generated since the engine was made; the sum of every `Completion.tokens`."""
+        ...
+
+    def table(self) -> ParameterTable:
+        """The live weights under their canonical names; the same object at every call."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion a prompt, in the order of the prompts; an empty list for no prompts.
+
+        Raises ConfigError where a prompt and `max_new_tokens` do not fit the model's context, and
+        DataError for a prompt that is not one; in both cases before anything is generated.
+        """
+        ...
+
+    def weights_changed(self) -> None:
+        """Call after every edit of the weights (perturb, restore, update), before `generate`.
+
+        The engine derives again what it computed from the weights: packed copies, prefix caches.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up memory and processes; a closed engine raises StateError. Twice does no harm."""
+        ...
