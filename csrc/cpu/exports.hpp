@@ -1,0 +1,187 @@
+// A target's table of functions: run-time dtypes and noises meet the loops' templates here.
+#pragma once
+
+#include "loops.hpp"
+
+namespace esfast {
+
+struct Scratch {};  // what the caller holds; each target keeps its Buffers behind it
+
+namespace ESFAST_LANES {
+
+struct TargetScratch : Scratch {
+  Buffers buffers;
+};
+
+static Buffers& buffers_of(Scratch& s) { return static_cast<TargetScratch&>(s).buffers; }
+
+template <class F>
+static auto with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::bfloat16: return f(BFloat16{});
+    case Dtype::float16: return f(Float16{});
+    default: return f(Float32{});
+  }
+}
+
+// Base is the live dtype, or the fp32 master of a 16-bit one.
+template <class F>
+static void with_dtypes(const Segment& s, F&& f) {
+  with_dtype(s.live_dtype, [&](auto live) {
+    if (s.base_dtype == s.live_dtype)
+      f(live, live);
+    else
+      f(live, Float32{});
+  });
+}
+
+// Entry v of table j: the sum over the bits of v of the coefficient with that bit's sign.
+template <class L>
+static void fill_tables(const UpdateCall& call, int32_t* tables) {
+  constexpr int bits = L::table_bits, steps = (32 + bits - 1) / bits;
+  for (int g = 0; g < call.count; ++g)
+    for (int j = 0; j < steps; ++j)
+      for (int v = 0; v < 1 << bits; ++v, ++tables) {
+        *tables = 0;
+        for (int k = j * bits; k < (j + 1) * bits && k < 32; ++k) {
+          const int32_t c = call.hadamard_coefficients[32 * g + k];
+          *tables += v >> (k - j * bits) & 1 ? -c : c;
+        }
+      }
+}
+
+template <class L>
+struct Exports {
+  static void free_scratch(Scratch* scratch) {
+    if (!scratch) return;
+    Buffers& b = buffers_of(*scratch);
+    free(b.streams);
+    free(b.tables);
+    free(scratch);
+  }
+
+  static Scratch* make_scratch(const UpdateCall* update) {
+    constexpr int bits = L::table_bits, entries = ((32 + bits - 1) / bits) << bits;
+    void* memory = aligned_alloc(64, (sizeof(TargetScratch) + 63) / 64 * 64);
+    if (!memory) return nullptr;
+    Scratch* scratch = static_cast<TargetScratch*>(memory);
+    Buffers& b = buffers_of(*scratch);
+    b.streams = nullptr;
+    b.tables = nullptr;
+    b.ready = false;
+    if (!update) return scratch;
+    const size_t count = static_cast<size_t>(update->count);
+    b.streams = static_cast<Stream*>(malloc(sizeof(Stream) * count + 1));
+    const bool tables = update->noise == Noise::hadamard;
+    if (tables) b.tables = static_cast<int32_t*>(malloc(sizeof(int32_t) * entries * count + 1));
+    if (!b.streams || (tables && !b.tables)) {
+      free_scratch(scratch);
+      return nullptr;
+    }
+    if (tables) fill_tables<L>(*update, b.tables);
+    return scratch;
+  }
+
+  static void perturb(const Segment& s, const Chunk& c, const PerturbCall& call, Scratch& scratch) {
+    Buffers& buffers = buffers_of(scratch);
+    with_dtypes(s, [&](auto live, auto base) {
+      for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
+        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
+        perturb_all<L, decltype(live), decltype(base)>(b, noise, call.scale);
+      });
+    });
+  }
+
+  static size_t record(const Segment& s, const Chunk& c, const PerturbCall& call, Scratch& scratch,
+                       uint8_t* to) {
+    Buffers& buffers = buffers_of(scratch);
+    const uint8_t* start = to;
+    with_dtype(s.live_dtype, [&](auto live) {
+      for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
+        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
+        to = perturb_recorded<L, decltype(live)>(b, noise, call.scale, to);
+      });
+    });
+    return static_cast<size_t>(to - start);
+  }
+
+  static void restore(const Segment& s, const Chunk& c, const PerturbCall& call, Scratch& scratch,
+                      const uint8_t* from) {
+    Buffers& buffers = buffers_of(scratch);
+    with_dtype(s.live_dtype, [&](auto live) {
+      for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
+        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
+        from = restore_recorded<L, decltype(live)>(b, noise, call.scale, from);
+      });
+    });
+  }
+
+  static uint64_t update(const Segment& s, const Chunk& c, const UpdateCall& call,
+                         Scratch& scratch) {
+    Buffers& u = buffers_of(scratch);
+    const Rule rule{call.decay, call.strength, call.stochastic};
+    const bool random = call.stochastic && s.base_dtype != Dtype::float32;
+    uint64_t saturated = 0;
+    u.ready = false;
+    with_dtypes(s, [&](auto live, auto base) {
+      for_blocks(s, c, u.gathered, true, [&](const Block& b) {
+        const float* acc = add_noise<L>(call, s.tensor, b, u);
+        if (random) {
+          const uint32_t high = static_cast<uint32_t>(b.index >> 35);
+          const Stream bits = make_stream(call.rounding_seed, high, s.tensor, 1u << 24);
+          philox_words<L>(bits, static_cast<uint32_t>(b.tile() * (kTile / 8)),
+                          b.tiles() * (kTile / 8), u.random);
+        }
+        if (call.decay != Decay::none)
+          with_dtype(s.anchor_dtype, [&](auto anchor) {
+            widen_block<L, decltype(anchor)>(b.anchor, b.count, u.anchor);
+          });
+        saturated += update_all<L, decltype(live), decltype(base)>(b, acc, u, rule);
+      });
+    });
+    return saturated;
+  }
+
+  static void refresh(const Segment& s, const Chunk& c) {
+    uint8_t gathered[4 * kBlock];
+    with_dtypes(s, [&](auto live, auto base) {
+      for_blocks(s, c, gathered, true,
+                 [&](const Block& b) { copy_all<L, decltype(live), decltype(base)>(b); });
+    });
+  }
+
+  static uint64_t checksum(const Segment& s, const Chunk& c) {
+    uint8_t gathered[4 * kBlock];
+    uint64_t sum = 0;
+    with_dtype(s.live_dtype, [&](auto live) {
+      for_blocks(s, c, gathered, false,
+                 [&](const Block& b) { sum += hash_all<L, decltype(live)>(s.tensor, b); });
+    });
+    return sum;
+  }
+
+  static void reveal(const PerturbCall& call, uint32_t tensor, uint64_t first, uint64_t count,
+                     float* out, Scratch& scratch) {
+    Segment s{};
+    s.live = s.base = reinterpret_cast<uint64_t>(out);
+    s.live_column_stride = 1;
+    s.rows = 1;
+    s.cols = count;
+    s.origin = first;
+    s.tensor = tensor;
+    const Chunk all{0, 1, 0, 0, count};
+    for_blocks(s, all, nullptr, true, [&](const Block& b) {
+      const float* noise = fill_noise<L>(call, tensor, b, buffers_of(scratch));
+      for (int i = 0; i < b.count; ++i)
+        reinterpret_cast<float*>(b.live)[i] = call.scale < 0 ? -noise[i] : noise[i];
+    });
+  }
+
+  static constexpr Target table(const char* name) {
+    return {name, make_scratch, free_scratch, perturb, record, restore,
+            update, refresh,      checksum,     reveal};
+  }
+};
+
+}  // namespace ESFAST_LANES
+}  // namespace esfast

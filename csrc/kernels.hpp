@@ -1,0 +1,67 @@
+// What happens to one vector of weights: perturb, restore, update. One body for every lane type.
+//
+//   perturb   w' = round(fma(eps, scale, w)),  scale = sign * sigma
+//   restore   w  = round(fma(eps, -scale, w')), except where that is not exact
+//   update    t = w + acc; anchored decay pulls t towards the anchor (arXiv 2605.30148); one rounding
+// See docs/noise.md for the order of every operation.
+#pragma once
+
+#include "noise.hpp"
+#include "segments.hpp"
+
+namespace esfast::ESFAST_LANES {
+
+// What an update does besides adding noise.
+struct Rule {
+  Decay decay;
+  float strength;  // l2: fp32(1 - alpha * lambda); l1: fp32(alpha * lambda)
+  bool stochastic;
+};
+
+template <class L, class T>
+ESFAST_FN typename L::u32 perturb(typename L::u32 weight, typename L::f32 eps, float scale) {
+  return T::template nearest<L>(L::fma(eps, L::setf(scale), T::template widen<L>(weight)));
+}
+
+// acc + eps * c for eps of +1 or -1, given as the sign bits: exact, so it equals the fma.
+template <class L>
+ESFAST_FN typename L::f32 add_signed(typename L::f32 acc, float c, typename L::u32 signs) {
+  return L::addf(acc, L::as_float(L::xor_(L::as_bits(L::setf(c)), signs)));
+}
+
+template <class L>
+ESFAST_FN typename L::f32 decayed(typename L::f32 t, typename L::f32 anchor, const Rule& rule) {
+  if (rule.decay == Decay::none) return t;
+  const auto d = L::subf(t, anchor);
+  if (rule.decay == Decay::l2) return L::fma(L::setf(rule.strength), d, anchor);
+  const auto top = L::set(0x80000000u), bits = L::as_bits(d), zero = L::set(0);
+  const auto size = L::as_float(L::and_(bits, L::set(0x7FFFFFFFu)));
+  const auto shrunk = L::subf(size, L::setf(rule.strength));
+  const auto kept = L::select(L::less(shrunk, L::setf(0.0f)), zero, L::as_bits(shrunk));
+  return L::addf(anchor, L::as_float(L::or_(kept, L::and_(bits, top))));
+}
+
+template <class L, class T>
+ESFAST_FN typename L::u32 update(typename L::f32 weight, typename L::f32 acc,
+                                 typename L::f32 anchor, typename L::u32 random, const Rule& rule,
+                                 uint32_t& saturated) {
+  const auto t = decayed<L>(L::addf(weight, acc), anchor, rule);
+  return rule.stochastic ? T::template stochastic<L>(t, random, saturated)
+                         : T::template nearest<L>(t);
+}
+
+// The sum of the group's coefficients with the signs of a word's bits, by table (see
+// hadamard_tables in hadamard.hpp): ceil(32 / table_bits) look-ups, exact in int32.
+template <class L>
+ESFAST_FN typename L::u32 hadamard_sum(typename L::u32 sum, typename L::u32 word,
+                                       const int32_t* tables) {
+  constexpr int bits = L::table_bits, steps = (32 + bits - 1) / bits;
+  ESFAST_UNROLL
+  for (int j = 0; j < steps; ++j) {
+    sum = L::add(sum, L::lookup(tables + (j << bits), word));
+    if (j + 1 < steps) word = L::template shr<bits>(word);
+  }
+  return sum;
+}
+
+}  // namespace esfast::ESFAST_LANES

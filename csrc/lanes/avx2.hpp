@@ -1,0 +1,178 @@
+// Eight lanes: AVX2, FMA and F16C (Haswell, Zen 1 and later). See scalar.hpp for the operations and
+// avx512.hpp for how Philox's words lie in 64-bit lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "../target.hpp"
+
+namespace esfast::ESFAST_LANES {
+
+struct Avx2 {
+  static constexpr int width = 8;
+  static constexpr int batches = 1;
+  static constexpr int table_bits = 3;
+
+  using u32 = __m256i;
+  using f32 = __m256;
+  struct wide {
+    __m256i even, odd;
+  };
+  using product = wide;
+  using mask = __m256i;
+  using sum64 = __m256i;
+
+  // Lane 4q + r holds counter 2r + q.
+  ESFAST_FN wide counters(uint32_t base) {
+    const __m256i first = _mm256_set1_epi64x(base);
+    return {_mm256_add_epi64(first, _mm256_setr_epi64x(0, 4, 1, 5)),
+            _mm256_add_epi64(first, _mm256_setr_epi64x(2, 6, 3, 7))};
+  }
+  ESFAST_FN wide spread(u32 a) { return {a, shift_down(a)}; }
+  ESFAST_FN product multiply(wide a, uint32_t constant) {
+    const __m256i c = _mm256_set1_epi64x(constant);
+    return {_mm256_mul_epu32(a.even, c), _mm256_mul_epu32(a.odd, c)};
+  }
+  ESFAST_FN wide low(product p) { return p; }
+  ESFAST_FN wide high(product p) { return {shift_down(p.even), shift_down(p.odd)}; }
+  ESFAST_FN wide mix(wide a, uint32_t key) {
+    const __m256i k = set(key);
+    return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
+  }
+  ESFAST_FN wide mix(wide a, wide b, uint32_t key) {
+    const wide keyed = mix(b, key);  // off the multiply's critical path
+    return {_mm256_xor_si256(a.even, keyed.even), _mm256_xor_si256(a.odd, keyed.odd)};
+  }
+  ESFAST_FN u32 narrow(wide a) {
+    return _mm256_blend_epi32(a.even, _mm256_castps_si256(_mm256_moveldup_ps(ps(a.odd))), 0xAA);
+  }
+  ESFAST_FN u32 narrow_low(product p) { return narrow(p); }
+  ESFAST_FN u32 narrow_high(product p) {
+    return _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA);
+  }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
+    const wide keyed = mix(y, key);
+    const __m256i even = _mm256_xor_si256(p.even, _mm256_slli_epi64(keyed.even, 32));
+    const __m256i odd = _mm256_xor_si256(p.odd, _mm256_slli_epi64(keyed.odd, 32));
+    return _mm256_add_epi64(sum, _mm256_add_epi64(even, odd));
+  }
+  ESFAST_FN sum64 zero64() { return _mm256_setzero_si256(); }
+  ESFAST_FN uint64_t reduce64(sum64 sum) {
+    uint64_t parts[4];
+    memcpy(parts, &sum, 32);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+  }
+
+  ESFAST_FN u32 set(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
+  ESFAST_FN u32 load(const uint32_t* p) { return load32(p); }
+  ESFAST_FN void store(uint32_t* p, u32 a) { store32(p, a); }
+  ESFAST_FN u32 load16(const void* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  ESFAST_FN void store16(void* p, u32 a) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), low_halves(a));
+  }
+  ESFAST_FN u32 load32(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  ESFAST_FN void store32(void* p, u32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  ESFAST_FN u32 and_(u32 a, u32 b) { return _mm256_and_si256(a, b); }
+  ESFAST_FN u32 or_(u32 a, u32 b) { return _mm256_or_si256(a, b); }
+  ESFAST_FN u32 xor_(u32 a, u32 b) { return _mm256_xor_si256(a, b); }
+  ESFAST_FN u32 add(u32 a, u32 b) { return _mm256_add_epi32(a, b); }
+  ESFAST_FN u32 sub(u32 a, u32 b) { return _mm256_sub_epi32(a, b); }
+  template <int N>
+  ESFAST_FN u32 shl(u32 a) {
+    return _mm256_slli_epi32(a, N);
+  }
+  template <int N>
+  ESFAST_FN u32 shr(u32 a) {
+    return _mm256_srli_epi32(a, N);
+  }
+  ESFAST_FN u32 signs(uint32_t bits) {
+    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    return and_(_mm256_sllv_epi32(set(bits), shift), set(0x80000000u));
+  }
+  ESFAST_FN u32 popcount(u32 a) {
+    const __m256i counts = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i bytes = _mm256_add_epi8(
+        _mm256_shuffle_epi8(counts, _mm256_and_si256(a, nibble)),
+        _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi32(a, 4), nibble)));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)),
+                             _mm256_set1_epi16(1));
+  }
+  ESFAST_FN u32 lookup(const int32_t* table, u32 index) {
+    return _mm256_permutevar8x32_epi32(load32(table), index);
+  }
+  ESFAST_FN mask equal(u32 a, u32 b) { return _mm256_cmpeq_epi32(a, b); }
+  ESFAST_FN mask greater(u32 a, u32 b) { return _mm256_cmpgt_epi32(a, b); }
+  ESFAST_FN u32 select(mask m, u32 a, u32 b) { return _mm256_blendv_epi8(b, a, m); }
+  ESFAST_FN mask both(mask a, mask b) { return _mm256_and_si256(a, b); }
+  ESFAST_FN uint32_t count(mask m) { return static_cast<uint32_t>(__builtin_popcount(bits_of(m))); }
+  ESFAST_FN uint32_t bits_of(mask m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
+  }
+
+  ESFAST_FN f32 as_float(u32 a) { return _mm256_castsi256_ps(a); }
+  ESFAST_FN u32 as_bits(f32 f) { return _mm256_castps_si256(f); }
+  ESFAST_FN f32 setf(float a) { return _mm256_set1_ps(a); }
+  ESFAST_FN f32 loadf(const float* p) { return _mm256_loadu_ps(p); }
+  ESFAST_FN void storef(float* p, f32 a) { _mm256_storeu_ps(p, a); }
+  ESFAST_FN f32 from_int(u32 a) { return _mm256_cvtepi32_ps(a); }
+  ESFAST_FN u32 truncate(f32 a) { return _mm256_cvttps_epi32(a); }
+  ESFAST_FN mask less(f32 a, f32 b) { return as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  ESFAST_FN f32 addf(f32 a, f32 b) { return _mm256_add_ps(a, b); }
+  ESFAST_FN f32 subf(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
+  ESFAST_FN f32 mulf(f32 a, f32 b) { return _mm256_mul_ps(a, b); }
+  ESFAST_FN f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
+  ESFAST_FN f32 sqrtf(f32 a) { return _mm256_sqrt_ps(a); }
+
+  ESFAST_FN f32 from_half(u32 h) { return _mm256_cvtph_ps(low_halves(h)); }
+  ESFAST_FN u32 to_half(f32 f) {
+    return _mm256_cvtepu16_epi32(
+        _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  ESFAST_FN void interleave(u32 (&z)[4]) {
+    const __m256i a = _mm256_unpacklo_epi32(z[0], z[1]), b = _mm256_unpackhi_epi32(z[0], z[1]);
+    const __m256i c = _mm256_unpacklo_epi32(z[2], z[3]), d = _mm256_unpackhi_epi32(z[2], z[3]);
+    z[0] = _mm256_unpacklo_epi64(a, c);
+    z[1] = _mm256_unpackhi_epi64(a, c);
+    z[2] = _mm256_unpacklo_epi64(b, d);
+    z[3] = _mm256_unpackhi_epi64(b, d);
+  }
+
+  template <int bytes>
+  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
+    uint32_t lanes[8];
+    store32(lanes, a);
+    for (; marked; marked &= marked - 1, to += bytes)
+      memcpy(to, &lanes[__builtin_ctz(marked)], bytes);
+    return to;
+  }
+  template <int bytes>
+  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
+    uint32_t lanes[8];
+    store32(lanes, a);
+    for (; marked; marked &= marked - 1, from += bytes) {
+      uint32_t& lane = lanes[__builtin_ctz(marked)];
+      lane = 0;
+      memcpy(&lane, from, bytes);
+    }
+    return load32(lanes);
+  }
+
+ private:
+  ESFAST_FN __m256 ps(__m256i a) { return _mm256_castsi256_ps(a); }
+  ESFAST_FN __m256i shift_down(__m256i a) { return _mm256_castps_si256(_mm256_movehdup_ps(ps(a))); }
+  ESFAST_FN __m128i low_halves(__m256i a) {  // every lane holds less than 2^16
+    const __m256i packed = _mm256_packus_epi32(a, a);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+};
+
+}  // namespace esfast::ESFAST_LANES

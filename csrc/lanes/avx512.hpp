@@ -1,0 +1,160 @@
+// Sixteen lanes: AVX-512 F, BW, DQ, VL, VBMI2 and VPOPCNTDQ (Ice Lake, Zen 4 and later).
+// See scalar.hpp for what each operation means.
+//
+// Philox multiplies 32 x 32 -> 64 bits, so its words live one a 64-bit lane, in two registers: `even`
+// holds lanes 0, 2, .. and `odd` lanes 1, 3, .. of the batch. The high half of a product is one
+// vmovshdup (vpsrlq runs on half as many ports), the three-way xor of a round one vpternlogd, and
+// the two registers are merged into 16 lanes only once, after the last round.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../target.hpp"
+
+namespace esfast::ESFAST_LANES {
+
+struct Avx512 {
+  static constexpr int width = 16;
+  static constexpr int batches = 2;
+  static constexpr int table_bits = 4;
+
+  using u32 = __m512i;
+  using f32 = __m512;
+  struct wide {
+    __m512i even, odd;
+  };
+  using product = wide;
+  using mask = __mmask16;
+  using sum64 = __m512i;
+
+  // Lane 4q + r holds counter 4r + q: then two rounds of unpack leave memory order (interleave).
+  ESFAST_FN wide counters(uint32_t base) {
+    const __m512i even = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i odd = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i first = _mm512_set1_epi64(base);
+    return {_mm512_add_epi64(first, even), _mm512_add_epi64(first, odd)};
+  }
+  ESFAST_FN wide spread(u32 a) { return {a, shift_down(a)}; }
+  ESFAST_FN product multiply(wide a, uint32_t constant) {
+    const __m512i c = _mm512_set1_epi64(constant);
+    return {_mm512_mul_epu32(a.even, c), _mm512_mul_epu32(a.odd, c)};
+  }
+  ESFAST_FN wide low(product p) { return p; }
+  ESFAST_FN wide high(product p) { return {shift_down(p.even), shift_down(p.odd)}; }
+  ESFAST_FN wide mix(wide a, uint32_t key) {
+    const __m512i k = set(key);
+    return {_mm512_xor_si512(a.even, k), _mm512_xor_si512(a.odd, k)};
+  }
+  ESFAST_FN wide mix(wide a, wide b, uint32_t key) {
+    const __m512i k = set(key);
+    return {_mm512_ternarylogic_epi32(a.even, b.even, k, 0x96),
+            _mm512_ternarylogic_epi32(a.odd, b.odd, k, 0x96)};
+  }
+  ESFAST_FN u32 narrow(wide a) {
+    return _mm512_castps_si512(_mm512_mask_moveldup_ps(ps(a.even), 0xAAAA, ps(a.odd)));
+  }
+  ESFAST_FN u32 narrow_low(product p) { return narrow(p); }
+  ESFAST_FN u32 narrow_high(product p) {
+    return _mm512_castps_si512(_mm512_mask_movehdup_ps(ps(p.odd), 0x5555, ps(p.even)));
+  }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
+    const wide keyed = mix(y, key);
+    const __m512i even = _mm512_xor_si512(p.even, _mm512_slli_epi64(keyed.even, 32));
+    const __m512i odd = _mm512_xor_si512(p.odd, _mm512_slli_epi64(keyed.odd, 32));
+    return _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
+  }
+  ESFAST_FN sum64 zero64() { return _mm512_setzero_si512(); }
+  ESFAST_FN uint64_t reduce64(sum64 sum) {
+    return static_cast<uint64_t>(_mm512_reduce_add_epi64(sum));
+  }
+
+  ESFAST_FN u32 set(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+  ESFAST_FN u32 load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  ESFAST_FN void store(uint32_t* p, u32 a) { _mm512_storeu_si512(p, a); }
+  ESFAST_FN u32 load16(const void* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  ESFAST_FN void store16(void* p, u32 a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  }
+  ESFAST_FN u32 load32(const void* p) { return _mm512_loadu_si512(p); }
+  ESFAST_FN void store32(void* p, u32 a) { _mm512_storeu_si512(p, a); }
+  ESFAST_FN u32 and_(u32 a, u32 b) { return _mm512_and_si512(a, b); }
+  ESFAST_FN u32 or_(u32 a, u32 b) { return _mm512_or_si512(a, b); }
+  ESFAST_FN u32 xor_(u32 a, u32 b) { return _mm512_xor_si512(a, b); }
+  ESFAST_FN u32 add(u32 a, u32 b) { return _mm512_add_epi32(a, b); }
+  ESFAST_FN u32 sub(u32 a, u32 b) { return _mm512_sub_epi32(a, b); }
+  template <int N>
+  ESFAST_FN u32 shl(u32 a) {
+    return _mm512_slli_epi32(a, N);
+  }
+  template <int N>
+  ESFAST_FN u32 shr(u32 a) {
+    return _mm512_srli_epi32(a, N);
+  }
+  ESFAST_FN u32 signs(uint32_t bits) {
+    return _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), INT32_MIN);
+  }
+  ESFAST_FN u32 popcount(u32 a) { return _mm512_popcnt_epi32(a); }
+  ESFAST_FN u32 lookup(const int32_t* table, u32 index) {
+    return _mm512_permutexvar_epi32(index, _mm512_loadu_si512(table));
+  }
+  ESFAST_FN mask equal(u32 a, u32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  ESFAST_FN mask greater(u32 a, u32 b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  ESFAST_FN u32 select(mask m, u32 a, u32 b) { return _mm512_mask_blend_epi32(m, b, a); }
+  ESFAST_FN mask both(mask a, mask b) { return a & b; }
+  ESFAST_FN uint32_t count(mask m) { return static_cast<uint32_t>(__builtin_popcount(m)); }
+  ESFAST_FN uint32_t bits_of(mask m) { return m; }
+
+  ESFAST_FN f32 as_float(u32 a) { return _mm512_castsi512_ps(a); }
+  ESFAST_FN u32 as_bits(f32 f) { return _mm512_castps_si512(f); }
+  ESFAST_FN f32 setf(float a) { return _mm512_set1_ps(a); }
+  ESFAST_FN f32 loadf(const float* p) { return _mm512_loadu_ps(p); }
+  ESFAST_FN void storef(float* p, f32 a) { _mm512_storeu_ps(p, a); }
+  ESFAST_FN f32 from_int(u32 a) { return _mm512_cvtepi32_ps(a); }
+  ESFAST_FN u32 truncate(f32 a) { return _mm512_cvttps_epi32(a); }
+  ESFAST_FN mask less(f32 a, f32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  ESFAST_FN f32 addf(f32 a, f32 b) { return _mm512_add_ps(a, b); }
+  ESFAST_FN f32 subf(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
+  ESFAST_FN f32 mulf(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
+  ESFAST_FN f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
+  ESFAST_FN f32 sqrtf(f32 a) { return _mm512_sqrt_ps(a); }
+
+  ESFAST_FN f32 from_half(u32 h) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(h)); }
+  ESFAST_FN u32 to_half(f32 f) {
+    return _mm512_cvtepu16_epi32(
+        _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  ESFAST_FN void interleave(u32 (&z)[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
+    const __m512i c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+    z[0] = _mm512_unpacklo_epi64(a, c);
+    z[1] = _mm512_unpackhi_epi64(a, c);
+    z[2] = _mm512_unpacklo_epi64(b, d);
+    z[3] = _mm512_unpackhi_epi64(b, d);
+  }
+
+  // Writes a whole register, advances by the marked lanes: the caller keeps 64 bytes of slack.
+  template <int bytes>
+  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
+    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(marked), a);
+    if (bytes == 2)
+      store16(to, packed);
+    else
+      store32(to, packed);
+    return to + bytes * __builtin_popcount(marked);
+  }
+  template <int bytes>
+  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
+    const __m512i packed = bytes == 2 ? load16(from) : load32(from);
+    from += bytes * __builtin_popcount(marked);
+    return _mm512_mask_expand_epi32(a, static_cast<__mmask16>(marked), packed);
+  }
+
+ private:
+  ESFAST_FN __m512 ps(__m512i a) { return _mm512_castsi512_ps(a); }
+  ESFAST_FN __m512i shift_down(__m512i a) { return _mm512_castps_si512(_mm512_movehdup_ps(ps(a))); }
+};
+
+}  // namespace esfast::ESFAST_LANES

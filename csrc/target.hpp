@@ -1,0 +1,23 @@
+// What a translation unit is compiled for, and the three macros that the bodies are written with.
+//
+// Every header of the bodies (lanes/, noise.hpp, numeric.hpp, kernels.hpp) is compiled once a target
+// with that target's instruction-set flags, and again by nvcc. The namespace carries the target's
+// name, so that the linker never merges an AVX-512 copy of a function into the scalar path.
+#pragma once
+
+#include <cstdint>
+
+#ifndef ESFAST_LANES
+#define ESFAST_LANES scalar
+#endif
+
+#if defined(__CUDACC__)
+#define ESFAST_FN static __host__ __device__ __forceinline__
+#define ESFAST_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define ESFAST_FN static inline __attribute__((always_inline))
+#define ESFAST_UNROLL _Pragma("unroll")
+#else
+#define ESFAST_FN static inline __attribute__((always_inline))
+#define ESFAST_UNROLL _Pragma("GCC unroll 64")
+#endif
