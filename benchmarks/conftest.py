@@ -1,0 +1,15 @@
+"""The size of the benchmarks' table: `--full` for all of SmolLM2-135M's tensors."""
+
+from __future__ import annotations
+
+import pytest
+import workload
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="135M parameters instead of 9M")
+
+
+@pytest.fixture(scope="session")
+def size(request: pytest.FixtureRequest) -> tuple[int, int]:
+    return workload.FULL if request.config.getoption("--full") else workload.SIXTEENTH

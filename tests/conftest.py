@@ -1,0 +1,40 @@
+"""Fixtures of the whole suite: a `target` that runs a test on every instruction set, and the model.
+
+`target` switches the core inside the process (ESFAST_TARGET is read once, at import, and has its
+own test) and gives the default back afterwards. A test that asks for it runs once a target that
+this machine can execute. Tests marked `slow` run only where -m asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="slow; run with -m slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        from esfast import _core
+
+        metafunc.parametrize("target", _core.targets(), indirect=True, scope="function")
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an instruction set, in force while the test runs."""
+    from esfast import _core
+
+    before = _core.target()
+    _core.set_target(request.param)
+    assert _core.target() == request.param
+    yield request.param
+    _core.set_target(before)

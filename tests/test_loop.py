@@ -1,0 +1,238 @@
+"""Inside the loop the model is the member; leaving it early, by any way, restores the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from cases import assert_bits, bits_of
+
+from esfast import EsfastError, EvolutionStrategy, ParameterTable
+
+
+def linear() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Linear(16, 8).to(torch.bfloat16)
+
+
+def strategy(model: torch.nn.Module, **options: Any) -> EvolutionStrategy:
+    return EvolutionStrategy(model, **{"sigma": 0.05, "population_size": 6, **options})
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+def test_inside_the_loop_the_model_is_the_member(memory: str) -> None:
+    model = linear()
+    before = bits_of(model.weight)
+    es = strategy(model, memory=memory, antithetic=True)
+    members = es.strategy.members(0)
+    for member, want in zip(es.population(), members, strict=True):
+        assert member == want
+        i = np.arange(before.size, dtype=np.uint64)
+        live = reference.perturb(before, "bfloat16", "weight", i, member, 0.05)
+        assert_bits(model.weight, live)
+    assert_bits(model.weight, before, "after the loop")
+
+
+def test_a_step_is_the_update_of_the_reference() -> None:
+    model = linear()
+    before = bits_of(model.weight)
+    es = strategy(model, alpha=0.3, seed=9)
+    rewards = [float(n * n % 5) for n, _ in enumerate(es.population())]
+    es.step(rewards)
+    assert es.generation == 1
+    update = reference.Update(
+        es.strategy.members(0),
+        list(es.strategy.coefficients(rewards)),
+        seed=reference.generation_seed(9, 0),
+    )
+    i = np.arange(before.size, dtype=np.uint64)
+    assert_bits(model.weight, update.apply(before, "bfloat16", "weight", i)[0])
+
+
+class Stop(Exception):
+    pass
+
+
+def leave_by_break(es: EvolutionStrategy, error: type[BaseException]) -> None:
+    for k, _ in enumerate(es.population()):
+        if k == 2:
+            break
+
+
+def leave_by_exception(es: EvolutionStrategy, error: type[BaseException]) -> None:
+    for k, _ in enumerate(es.population()):
+        if k == 2:
+            raise error
+
+
+def leave_a_comprehension(es: EvolutionStrategy, error: type[BaseException]) -> None:
+    def evaluate(k: int) -> float:
+        if k == 2:
+            raise error
+        return 0.0
+
+    [evaluate(k) for k, _ in enumerate(es.population())]
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize(
+    "leave", [leave_by_break, leave_by_exception, leave_a_comprehension], ids=lambda f: f.__name__
+)
+def test_leaving_early_restores(
+    leave: Callable[..., None], error: type[BaseException], memory: str
+) -> None:
+    model = linear()
+    es = strategy(model, memory=memory)
+    before, checksum = bits_of(model.weight), es.weights.checksum()
+    with contextlib.suppress(error):
+        leave(es, error)
+    assert es.weights.checksum() == checksum
+    assert_bits(model.weight, before)
+    assert es.generation == 0
+
+
+def test_a_population_left_open_is_restored_by_the_next(capsys: Any) -> None:
+    model = linear()
+    es = strategy(model)
+    before = bits_of(model.weight)
+    held = es.population()
+    next(iter(held))
+    again = iter(es.population())
+    next(again)
+    live = reference.perturb(
+        before, "bfloat16", "weight", np.arange(128), es.strategy.members(0)[0], 0.05
+    )
+    assert_bits(model.weight, live)
+    del again, held
+    assert_bits(model.weight, before)
+
+
+BAD_REWARDS: dict[str, Any] = {
+    "short": [1.0] * 5,
+    "long": [1.0] * 7,
+    "empty": [],
+    "nan": [1.0, 2.0, float("nan"), 1.0, 1.0, 1.0],
+    "words": ["a"] * 6,
+    "matrix": np.zeros((6, 2)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REWARDS)
+def test_bad_rewards_change_nothing(case: str) -> None:
+    model = linear()
+    es = strategy(model)
+    before = bits_of(model.weight)
+    for _ in es.population():
+        pass
+    with pytest.raises(EsfastError):
+        es.step(BAD_REWARDS[case])
+    assert_bits(model.weight, before)
+    assert es.generation == 0
+    es.step([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert es.generation == 1
+
+
+@pytest.mark.parametrize("method", ["rank", "z_score", "centered_rank", "raw"])
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3])
+def test_equal_rewards_are_a_zero_step(method: str, value: float) -> None:
+    model = linear()
+    es = strategy(model, shaping=method, alpha=1.0)
+    before = bits_of(model.weight)
+    for _ in es.population():
+        pass
+    es.step([value] * 6)
+    assert_bits(model.weight, before)
+    assert es.generation == 1
+
+
+def test_tensors_and_tables_are_taken_too() -> None:
+    tensors = {"a": torch.ones(4), "b": torch.ones(3, 2)}
+    es = EvolutionStrategy(ParameterTable.from_tensors(tensors), population_size=2)
+    es.step([0.0 * k for k, _ in enumerate(es.population())])
+    assert es.config.population_size == 2
+
+
+def test_two_runs_are_one_run() -> None:
+    trails = []
+    for memory in ("lean", "shadow"):
+        model = linear()
+        es = strategy(model, memory=memory, alpha=0.2, seed=4)
+        trail = []
+        for _ in range(5):
+            es.step([float(model.weight.detach().float().sum()) for _ in es.population()])
+            trail.append(es.weights.checksum())
+        trails.append(trail)
+    assert trails[0] == trails[1] and len(set(trails[0])) == 5
+
+
+SCRIPT = """
+    import sys, time, torch, esfast
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 300).to(torch.bfloat16)
+    es = esfast.EvolutionStrategy(model, sigma=0.05, population_size=4, memory=sys.argv[1])
+    print(es.weights.checksum(), flush=True)
+    try:
+        for k, member in enumerate(es.population()):
+            if k == 1:
+                print(es.weights.checksum(), flush=True)
+                time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", es.weights.checksum(), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize("memory", ["lean", "shadow"])
+def test_kill_int_in_a_member_restores(memory: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), memory]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        base = process.stdout.readline().strip()
+        live = process.stdout.readline().strip()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert len(base) == len(live) == 16 and base != live
+    assert output.strip() == f"interrupted {base}"
+
+
+CYCLES = """
+    import sys, torch, esfast
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1500, 1500).to(torch.bfloat16)
+    es = esfast.EvolutionStrategy(model, sigma=0.05, population_size=100000, memory=sys.argv[1])
+    print(es.weights.checksum(), flush=True)
+    try:
+        for member in es.population():
+            pass
+    except KeyboardInterrupt:
+        pass
+    print(es.weights.checksum(), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize("delay", [0.05, 0.11, 0.17])
+@pytest.mark.parametrize("memory", ["lean", "shadow"])
+def test_kill_int_anywhere_restores(memory: str, delay: float) -> None:
+    """The signal falls in the core, between members, or in the iterator itself."""
+    import time
+
+    command = [sys.executable, "-c", textwrap.dedent(CYCLES), memory]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        base = process.stdout.readline().strip()
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert output.strip() == base

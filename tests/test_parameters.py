@@ -1,0 +1,251 @@
+"""Parameter tables: what they hold, and what they refuse before anything is changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from esfast.parameters import Segment
+from reference import tensor_id
+
+from esfast import EsfastError, EvolutionStrategy, ParameterTable, Weights
+from esfast.errors import ParameterError
+
+COLLIDING = ("w.101237", "w.144138")  # one 32-bit tensor id; found by trying w.0, w.1, ...
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 6)
+        self.norm = torch.nn.LayerNorm(6)
+        self.head = torch.nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_from_module_names_and_sizes() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2).half())
+    table = ParameterTable.from_module(model)
+    assert list(table.names) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert table.numel == 12 + 4 + 8 + 2
+    assert table.nbytes == 4 * 16 + 2 * 10
+    assert torch.device(table.device) == torch.device("cpu")
+    for one, parameter in zip(table.segments, model.parameters(), strict=True):
+        assert one.tensor.data_ptr() == parameter.data_ptr()
+        assert tuple(one.shape) == tuple(parameter.shape)
+
+
+def test_tied_weights_are_one_tensor() -> None:
+    model = Tied()
+    table = ParameterTable.from_module(model)
+    assert list(table.names) == ["embed.weight", "norm.weight", "norm.bias"]
+    assert table.numel == 66 + 12
+    es = EvolutionStrategy(model, sigma=0.1, population_size=2)
+    before = model.head.weight.detach().clone()
+    for _ in es.population():
+        assert model.head.weight is model.embed.weight
+        assert not torch.equal(model.head.weight, before)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_tensors_that_are_tied_by_storage_alone_are_refused_or_one() -> None:
+    """Two names over one storage would be perturbed twice."""
+    w = torch.ones(4, 3)
+    try:
+        table = ParameterTable.from_tensors({"a": w, "b": w})
+    except EsfastError as error:
+        assert "a" in str(error) and "b" in str(error)
+    else:
+        assert table.numel == 12
+
+
+def test_buffers_are_not_parameters() -> None:
+    model = torch.nn.BatchNorm1d(4)
+    assert set(ParameterTable.from_module(model).names) == {"weight", "bias"}
+
+
+def test_include_and_exclude() -> None:
+    model = Tied()
+    only = ParameterTable.from_module(model, include=["norm.*"])
+    assert set(only.names) == {"norm.weight", "norm.bias"}
+    rest = ParameterTable.from_module(model, exclude=["norm.*"])
+    assert list(rest.names) == ["embed.weight"]
+    with pytest.raises(EsfastError):
+        ParameterTable.from_module(model, include=["nothing.*"])
+
+
+def test_exclude_lets_a_bad_dtype_through() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
+    with pytest.raises(ParameterError):
+        ParameterTable.from_module(model)
+    assert len(ParameterTable.from_module(model, exclude=["1.*"]).names) == 2
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64]
+)
+def test_other_dtypes_are_refused_with_what_to_do(dtype: torch.dtype) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    with pytest.raises(ParameterError) as caught:
+        ParameterTable.from_tensors({"fine": torch.ones(2), name: torch.ones(2).to(dtype)})
+    message = str(caught.value)
+    assert name in message and str(dtype).removeprefix("torch.") in message
+    for word in ("float32", "float16", "bfloat16", "exclude"):
+        assert word in message
+
+
+def test_the_colliding_names_collide() -> None:
+    assert tensor_id(COLLIDING[0]) == tensor_id(COLLIDING[1])
+
+
+def test_id_collisions_are_refused() -> None:
+    one, two = COLLIDING
+    with pytest.raises(ParameterError) as caught:
+        ParameterTable.from_tensors({one: torch.ones(2), "x": torch.ones(2), two: torch.ones(2)})
+    assert one in str(caught.value) and two in str(caught.value)
+
+
+def piece(rows: slice, columns: slice, name: str = "w") -> Segment:
+    whole = torch.ones(8, 8)
+    return Segment(name, (8, 8), whole[rows, columns].clone(), (rows.start, columns.start))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((slice(0, 4), slice(0, 8)), (slice(3, 8), slice(0, 8))),
+        ((slice(0, 8), slice(0, 4)), (slice(0, 8), slice(3, 8))),
+        ((slice(0, 8), slice(0, 8)), (slice(5, 6), slice(2, 3))),
+        ((slice(2, 4), slice(2, 4)), (slice(2, 4), slice(2, 4))),
+    ],
+)
+def test_overlapping_segments_are_refused(first: tuple, second: tuple) -> None:
+    with pytest.raises(ParameterError, match="w"):
+        ParameterTable([piece(*first), piece(*second)])
+
+
+def test_touching_segments_and_partial_tables_are_fine() -> None:
+    table = ParameterTable([piece(slice(0, 4), slice(0, 8)), piece(slice(4, 8), slice(0, 3))])
+    assert table.numel == 32 + 12
+
+
+def test_segments_over_one_storage_are_refused() -> None:
+    """Canonically apart, but in memory on top of each other."""
+    room = torch.ones(6, 8)
+    with pytest.raises(ParameterError):
+        ParameterTable(
+            [Segment("a", (4, 8), room[:4], (0, 0)), Segment("b", (4, 8), room[2:6], (0, 0))]
+        )
+
+
+def test_interleaved_views_of_one_storage_are_fine() -> None:
+    room = torch.ones(6, 8)
+    table = ParameterTable.from_tensors({"even": room[:, ::2], "odd": room[:, 1::2]})
+    weights = Weights(table)
+    weights.perturb(esfast_member(), 0.1)
+    assert not (room == 1).any()
+    weights.restore()
+    assert (room == 1).all()
+
+
+def esfast_member():  # type: ignore[no-untyped-def]
+    from esfast import Member
+
+    return Member(seed=1)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1, 4).expand(3, 4),
+        torch.as_strided(torch.ones(10), (4, 4), (2, 1)),
+    ],
+    ids=["expanded", "overlapping strides"],
+)
+def test_elements_that_share_memory_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(ParameterError, match="w"):
+        ParameterTable.from_tensors({"w": tensor})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, device="meta"),
+        torch.ones(3, 3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["meta", "sparse", "quantized"],
+)
+def test_tensors_without_plain_memory_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(ParameterError, match="w"):
+        ParameterTable.from_tensors({"w": tensor})
+
+
+def test_things_that_are_not_tensors_are_refused() -> None:
+    for bad in ([1.0, 2.0], None, "w"):
+        with pytest.raises(EsfastError):
+            ParameterTable.from_tensors({"w": bad})  # type: ignore[dict-item]
+
+
+BAD_SEGMENTS = {
+    "outside": lambda: Segment("w", (4, 4), torch.ones(2, 4), (3, 0)),
+    "negative": lambda: Segment("w", (4, 4), torch.ones(2, 4), (-1, 0)),
+    "rank": lambda: Segment("w", (4, 4), torch.ones(8), (0,)),
+    "start rank": lambda: Segment("w", (4, 4), torch.ones(2, 4), (0,)),
+    "larger": lambda: Segment("w", (4, 4), torch.ones(5, 4), (0, 0)),
+    "name": lambda: Segment("", (4, 4), torch.ones(4, 4), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SEGMENTS)
+def test_segments_outside_their_tensor_are_refused(case: str) -> None:
+    with pytest.raises(ParameterError):
+        ParameterTable([BAD_SEGMENTS[case]()])
+
+
+def test_shards_that_disagree_about_the_canonical_shape_are_refused() -> None:
+    with pytest.raises(ParameterError, match="w"):
+        ParameterTable(
+            [
+                Segment("w", (8, 8), torch.ones(4, 8), (0, 0)),
+                Segment("w", (8, 9), torch.ones(4, 8), (4, 0)),
+            ]
+        )
+
+
+def test_an_empty_table_is_refused() -> None:
+    for build in (
+        lambda: ParameterTable([]),
+        lambda: ParameterTable.from_tensors({}),
+        lambda: ParameterTable.from_module(torch.nn.ReLU()),
+    ):
+        with pytest.raises(EsfastError):
+            build()
+
+
+def test_a_start_left_out_is_zero() -> None:
+    table = ParameterTable([Segment("w", (4, 4), torch.ones(4, 4))])
+    assert table.numel == 16
+
+
+def test_parameters_that_require_grad_and_inference_tensors_are_taken() -> None:
+    with torch.inference_mode():
+        held = torch.ones(5)
+    weights = Weights(ParameterTable.from_tensors({"a": held, "b": torch.nn.Parameter(held + 1)}))
+    weights.perturb(esfast_member(), 0.1)
+    weights.restore()
+    assert (held == 1).all()
+
+
+def test_the_module_may_not_be_moved_away_unseen() -> None:
+    """A table holds the storage it was built on; a model cast since then is a different one, and
+    perturbing the old storage would leave the model alone in silence."""
+    model = torch.nn.Linear(4, 4)
+    weights = Weights(ParameterTable.from_module(model))
+    model.to(torch.bfloat16)
+    before = model.weight.detach().clone()
+    try:
+        weights.perturb(esfast_member(), 0.5)
+    except EsfastError as error:
+        assert "weight" in str(error)
+        return
+    assert not torch.equal(model.weight, before)
