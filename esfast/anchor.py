@@ -1,0 +1,165 @@
+"""The anchor of weight decay: the model that training started from.
+
+In memory it is a packed copy of the table's elements; from a checkpoint it is the safetensors file
+itself, memory-mapped read-only and streamed by the update, whose pages are given back afterwards,
+so that it costs no resident memory. The file must stay as it is while the anchor is in use.
+Only the header of a safetensors file is interpreted (8 bytes of length, JSON, data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from esfast.errors import DataError, ParameterError
+from esfast.parameters import DTYPES, ParameterTable
+
+INDEX = "model.safetensors.index.json"
+_FORMATS = {"F32": (0, 4), "BF16": (1, 2), "F16": (2, 2)}
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor's place: address of its first element, the core's dtype number, element size,
+    and whether it is laid out as the canonical tensor or as the packed segment."""
+
+    address: int
+    dtype: int
+    size: int
+    canonical: bool
+
+
+class _MappedFile:
+    """A safetensors file, mapped read-only; `tensors` gives (format, shape, first byte) by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the anchor's file '{path}' cannot be mapped ({error}); name the safetensors file "
+                "or Hugging Face folder that training started from."
+            ) from error
+        self.bytes = np.frombuffer(self.map, dtype=np.uint8)
+        self.tensors = self._read_header()
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"'{self.path}' is not a whole safetensors file: {what}. Copy or download it again."
+        )
+
+    def _read_header(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        if self.bytes.size < 8:
+            raise self._damaged(f"it has {self.bytes.size} bytes")
+        length = int.from_bytes(self.bytes[:8].tobytes(), "little")
+        if length > min(self.bytes.size - 8, _LONGEST_HEADER):
+            raise self._damaged(f"its header claims {length} bytes of {self.bytes.size}")
+        try:
+            header = json.loads(self.bytes[8 : 8 + length].tobytes())
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            return {name: self._place(name, entry, 8 + length) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(f"its header cannot be read ({error})") from error
+
+    def _place(self, name: str, entry: dict[str, Any], data: int) -> tuple[str, tuple[int, ...], int]:
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(int(n) for n in entry["shape"])
+        kind = str(entry["dtype"])
+        size = _FORMATS[kind][1] if kind in _FORMATS else None
+        if not 0 <= begin <= end <= self.bytes.size - data or any(n < 0 for n in shape):
+            raise self._damaged(f"'{name}' lies at bytes {begin}:{end}, beyond its end")
+        if size is not None and math.prod(shape) * size != end - begin:
+            raise self._damaged(f"'{name}' of shape {shape} has {end - begin} bytes")
+        return kind, shape, data + begin
+
+    def release(self) -> None:
+        """Gives the resident pages back; the next read maps them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir() and (path / INDEX).is_file():
+        try:
+            names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"'{path / INDEX}' has no readable weight_map ({error}).") from error
+        if any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise DataError(f"'{path / INDEX}' names files outside its folder; it is not trusted.")
+        return [path / name for name in sorted(names)]
+    return [path / "model.safetensors" if path.is_dir() else path]
+
+
+class Anchor:
+    """Where decay pulls to. Make one with `in_memory` or `from_safetensors`.
+
+    resident_bytes: memory that it holds besides the page cache.
+    """
+
+    def __init__(self, stored: list[_Stored], owners: list[Any], resident_bytes: int) -> None:
+        self._stored = stored  # one a segment of the table
+        self._owners = owners
+        self.resident_bytes = resident_bytes
+
+    @classmethod
+    def in_memory(cls, table: ParameterTable) -> Anchor:
+        """A copy of the table's elements as they are now, in their dtypes."""
+        copies = [s.tensor.detach().clone(memory_format=torch.contiguous_format) for s in table.segments]
+        stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
+        return cls(stored, list(copies), table.nbytes)
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path, table: ParameterTable) -> Anchor:
+        """The tensors of a safetensors file, or of a Hugging Face folder (sharded or not), mapped.
+
+        They may have another dtype than the live weights. Errors (DataError): a missing, damaged or
+        truncated file; a tensor of the table that is absent, or of another shape or dtype.
+        """
+        files = [_MappedFile(file) for file in _files_of(Path(path))]
+        places = {name: (file, *place) for file in files for name, place in file.tensors.items()}
+        stored = []
+        for segment in table.segments:
+            if segment.name not in places:
+                raise DataError(
+                    f"'{path}' has no tensor '{segment.name}' to anchor to; it has {len(places)}, "
+                    f"such as {sorted(places)[:3]}. Use the checkpoint that training started from."
+                )
+            file, kind, shape, begin = places[segment.name]
+            if kind not in _FORMATS or shape != tuple(segment.shape):
+                raise DataError(
+                    f"'{segment.name}' in '{path}' is {kind} of shape {shape}; expected F32, F16 or "
+                    f"BF16 of shape {tuple(segment.shape)}. Use the checkpoint of this model."
+                )
+            address = int(file.bytes.ctypes.data) + begin
+            stored.append(_Stored(address, *_FORMATS[kind], True))
+        return cls(stored, list(files), 0)
+
+    def fill(self, rows: np.ndarray, table: ParameterTable) -> None:
+        """Writes the anchor's columns of a core segment table."""
+        if len(self._stored) != len(table.segments):
+            raise ParameterError(
+                f"the anchor was made for {len(self._stored)} segments and the table has "
+                f"{len(table.segments)}; make the anchor from the same table."
+            )
+        for row, piece in zip(rows, table.pieces, strict=True):
+            stored = self._stored[piece.segment]
+            which = 1 if stored.canonical else 2
+            row["anchor"] = stored.address + piece.offsets[which] * stored.size
+            row["anchor_row_stride"] = piece.strides[which]
+            row["anchor_dtype"] = stored.dtype
+
+    def release(self) -> None:
+        """Drops what a pass over a mapped anchor left resident."""
+        for owner in self._owners:
+            if isinstance(owner, _MappedFile):
+                owner.release()

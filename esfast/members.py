@@ -1,0 +1,96 @@
+"""Members of a population and their noise: a seed, a sign, a distribution (docs/noise.md).
+
+    noise(seed, tensor, i) -> fp32
+
+is one pure function of the member's seed, the canonical tensor name and the logical element index.
+It is never stored; `noise` below shows it for a test or a plot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from esfast import _core
+from esfast.errors import ConfigError
+
+NOISES = ("gaussian", "rademacher", "hadamard")
+GENERATION_MEMBER = 0xFFFFFFFF  # the member number that derives a generation's own seed
+MOST_MEMBERS = 32 * 4128  # Hadamard: 4128 groups of 32 keep the update's int32 sum exact
+
+
+@dataclass(frozen=True)
+class Member:
+    """One perturbation: weights + sign * sigma * noise(seed).
+
+    seed: 0 .. 2^64 - 1. For Hadamard noise the *generation's* seed, shared by its members.
+    sign: +1 or -1 (the halves of an antithetic pair share a seed).
+    noise: "gaussian", "rademacher" or "hadamard".
+    index: Hadamard only: the member's number, 0 .. 132,095; members of a group of 32 are exactly
+        uncorrelated.
+    """
+
+    seed: int
+    sign: int = 1
+    noise: str = "gaussian"
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not 0 <= int(self.seed) < 2**64:
+            raise ConfigError(
+                f"a member's seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1."
+            )
+        if self.sign not in (1, -1):
+            raise ConfigError(f"a member's sign is {self.sign!r}; it is +1 or -1.")
+        if self.noise not in NOISES:
+            raise ConfigError(f"noise {self.noise!r} is unknown; choose one of {', '.join(NOISES)}.")
+        if not 0 <= self.index < MOST_MEMBERS:
+            raise ConfigError(
+                f"a member's index is {self.index!r}; it is an integer from 0 to "
+                f"{MOST_MEMBERS - 1} (and only Hadamard noise uses it)."
+            )
+
+    @property
+    def spec(self) -> _core.MemberSpec:
+        """The core's view of this member."""
+        return _core.MemberSpec(int(self.seed), self.sign, self.index)
+
+    @property
+    def noise_number(self) -> int:
+        """The core's number of this member's distribution."""
+        return NOISES.index(self.noise)
+
+
+def tensor_id(name: str) -> int:
+    """The 32-bit id of a canonical tensor name: the first four bytes of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
+
+
+def member_seed(run_seed: int, generation: int, member: int) -> int:
+    """The 64-bit seed of one member of one generation, derived by Philox, never drawn."""
+    return int(_core.derive_seed(run_seed, generation, member))
+
+
+def generation_seed(run_seed: int, generation: int) -> int:
+    """The 64-bit seed of a generation: stochastic rounding and Hadamard noise are keyed by it."""
+    return member_seed(run_seed, generation, GENERATION_MEMBER)
+
+
+def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0) -> np.ndarray:
+    """A member's noise for a tensor, sign included.
+
+    name: canonical tensor name; shape: of the result; first: logical (row-major) index of its first
+    element. Returns float32 of `shape`, mean 0 and variance 1, bit-equal on every target.
+    """
+    dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(n < 0 for n in dimensions) or not 0 <= first < 2**64:
+        raise ConfigError(
+            f"noise was asked for shape {dimensions} from index {first}; both are non-negative."
+        )
+    count = math.prod(dimensions)
+    values = _core.reveal(member.noise_number, member.spec, tensor_id(name), first, count)
+    return np.asarray(values).reshape(dimensions)

@@ -1,0 +1,140 @@
+"""The strategy in numbers alone: members of a generation out, coefficients of its update out.
+
+    theta <- theta + (alpha / N) * sum_n F_n * eps_n          (Qiu et al., arXiv 2509.24372)
+
+There is no 1 / sigma: it is in alpha. Nothing here knows a model; `EvolutionStrategy` drives one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from esfast.errors import ConfigError, DataError
+from esfast.members import MOST_MEMBERS, NOISES, Member, generation_seed, member_seed
+from esfast.shaping import METHODS, shape
+
+ROUNDINGS = ("stochastic", "nearest")
+DECAYS = ("l1", "l2")
+
+
+@dataclass(frozen=True)
+class AnchoredDecay:
+    """Anchored weight decay (arXiv 2605.30148), applied to delta = w - anchor after the ES step.
+
+    l2: delta <- (1 - alpha * weight) * delta;  l1: delta <- sign(delta) * max(|delta| - alpha *
+    weight, 0). `weight` is the paper's lambda (at alpha 5e-4: l2 10, l1 0.01).
+    """
+
+    kind: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in DECAYS:
+            raise ConfigError(f"decay {self.kind!r} is unknown; choose one of {', '.join(DECAYS)}.")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
+
+    def strength(self, alpha: float) -> float:
+        """fp32(1 - alpha * lambda) for l2, fp32(alpha * lambda) for l1. ConfigError from l2 1 on."""
+        product = alpha * self.weight
+        if self.kind == "l2" and not product < 1:
+            raise ConfigError(
+                f"alpha * lambda is {alpha:g} * {self.weight:g} = {product:g}; l2 decay needs it "
+                "below 1, or the weights would jump past their anchor. Lower lambda or alpha."
+            )
+        return float(np.float32(1 - product if self.kind == "l2" else product))
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """Settings of a run that its result depends on, to the bit.
+
+    sigma: noise scale, in units of the weights; alpha: step size; population_size: members a
+    generation; seed: run seed, 64 bits; noise, shaping, rounding: by name; antithetic: members 2k
+    and 2k + 1 share their noise with opposite signs; decay: towards the anchor, or None.
+    """
+
+    sigma: float = 1e-3
+    alpha: float = 5e-4
+    population_size: int = 30
+    seed: int = 0
+    noise: str = "gaussian"
+    antithetic: bool = False
+    shaping: str = "rank"
+    decay: AnchoredDecay | None = None
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        for setting, choices in (("noise", NOISES), ("shaping", METHODS), ("rounding", ROUNDINGS)):
+            if getattr(self, setting) not in choices:
+                raise ConfigError(
+                    f"{setting} {getattr(self, setting)!r} is unknown; choose one of "
+                    f"{', '.join(choices)}."
+                )
+        if self.decay is not None:
+            self.decay.strength(self.alpha)
+
+    def _check_numbers(self) -> None:
+        for setting in ("sigma", "alpha"):
+            value = getattr(self, setting)
+            if not (math.isfinite(value) and np.float32(value) > 0 and value < 1e30):
+                raise ConfigError(f"{setting} is {value!r}; it is a positive number.")
+        if not 2 <= self.population_size <= MOST_MEMBERS:
+            raise ConfigError(
+                f"population_size is {self.population_size!r}; it is 2 to {MOST_MEMBERS}: one "
+                "member alone has nothing to be compared with."
+            )
+        if self.antithetic and self.population_size % 2:
+            raise ConfigError(
+                f"population_size is {self.population_size} with antithetic pairs; make it even."
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1.")
+
+
+class Strategy:
+    """Asks for members, is told rewards: the scalar half of evolution strategies."""
+
+    def __init__(self, config: StrategyConfig) -> None:
+        self.config = config
+
+    def members(self, generation: int) -> list[Member]:
+        """The population of a generation, in order. Errors if two derived seeds collide."""
+        c = self.config
+        draws = c.population_size // 2 if c.antithetic else c.population_size
+        if c.noise == "hadamard":
+            shared = self.generation_seed(generation)
+            pairs = [(shared, index) for index in range(draws)]
+        else:
+            pairs = [(member_seed(c.seed, generation, n), 0) for n in range(draws)]
+        if len(set(pairs)) != draws:
+            raise ConfigError(
+                f"two members of generation {generation} share a derived seed (run seed {c.seed}); "
+                "choose another run seed."
+            )
+        signs = (1, -1) if c.antithetic else (1,)
+        return [Member(seed, sign, c.noise, index) for seed, index in pairs for sign in signs]
+
+    def generation_seed(self, generation: int) -> int:
+        """Key of the generation's stochastic rounding (and of its Hadamard noise)."""
+        return generation_seed(self.config.seed, generation)
+
+    def coefficients(self, rewards: ArrayLike, nan: str = "raise") -> np.ndarray:
+        """(alpha / N) * F_n, float64 [population], before the members' signs.
+
+        rewards: [population], or [population, prompts] with group_centered shaping.
+        """
+        values = np.asarray(rewards, dtype=np.float64)
+        count = values.shape[0] if values.ndim else 0
+        if count != self.config.population_size:
+            raise DataError(
+                f"{count} rewards were given for a population of {self.config.population_size}; "
+                "give one a member, in the order of population()."
+            )
+        fitness = shape(values, self.config.shaping, nan)
+        return self.config.alpha / self.config.population_size * fitness

@@ -1,0 +1,249 @@
+"""Perturb, restore and update the weights of a table in place, exactly.
+
+    perturb   w' = round(fma(eps, sign * sigma, w)), nearest even, to the weights' dtype
+    restore   the bits that were there before, for any weights, sigma and number of members
+    update    w <- round(decay(w + sum_n c_n eps_n)), one pass for the whole population, fp32 inside
+
+memory="lean" edits in place and records only what rounding loses; "shadow" keeps a base copy in the
+weights' dtype; "master" keeps the base in fp32, so that updates of 16-bit weights lose nothing.
+Lean and shadow give the same bits. Between calls nobody else may edit the tensors of the table.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from esfast import _core
+from esfast.anchor import Anchor
+from esfast.errors import ConfigError, ParameterError, StateError
+from esfast.members import Member
+from esfast.parameters import ParameterTable
+from esfast.strategy import ROUNDINGS, AnchoredDecay
+
+MEMORIES = ("lean", "shadow", "master")
+_DECAY_NUMBERS = {"l1": 1, "l2": 2}
+_SAMPLE_STRIDE = 16  # every 16th chunk tells the size of lean's records to a few per cent
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes: the live weights; what this memory mode holds now beside them; the anchor's copy."""
+
+    weights_bytes: int
+    extra_bytes: int
+    anchor_bytes: int
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """saturated: weights whose rounded value left the dtype's range and became its largest."""
+
+    saturated: int
+
+
+def available_bytes() -> int | None:
+    """Memory that the system can give without swapping, or None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _scale(sign: int, sigma: float) -> float:
+    scale = np.float32(sigma)
+    if not (math.isfinite(float(scale)) and scale > 0):
+        raise ConfigError(f"sigma is {sigma!r}; it is a positive number that fp32 can hold.")
+    return sign * float(scale)
+
+
+class Weights:
+    """The only thing that edits a model.
+
+    table: what to edit; memory: "lean", "shadow" or "master"; anchor: for decay; threads: None
+    takes the cores this process may use. After an exception the weights are restored or untouched.
+    """
+
+    def __init__(
+        self,
+        table: ParameterTable,
+        memory: str = "lean",
+        anchor: Anchor | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if memory not in MEMORIES:
+            raise ConfigError(f"memory {memory!r} is unknown; choose one of {', '.join(MEMORIES)}.")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads!r}; it is 1 or more, or None for all cores.")
+        self.table = table
+        self.memory = memory
+        self.anchor = anchor
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._records = _core.Records()
+        self._perturbed = False
+        self._bases: list[torch.Tensor] = []
+        rows = table.rows()
+        if memory != "lean":
+            self._make_bases(rows)
+        if anchor is not None:
+            anchor.fill(rows, table)
+        self._core = _core.Table(rows)
+
+    def _make_bases(self, rows: np.ndarray) -> None:
+        dtypes = [torch.float32 if self.memory == "master" else s.tensor.dtype for s in self.table.segments]
+        needed = sum(
+            s.tensor.numel() * d.itemsize for s, d in zip(self.table.segments, dtypes, strict=True)
+        )
+        there = available_bytes()
+        if there is not None and needed > there:
+            raise ParameterError(
+                f'memory="{self.memory}" needs {needed / 1e9:.2f} GB beside the weights and '
+                f'{there / 1e9:.2f} GB are free; memory="lean" needs about a fifth of the weights.'
+            )
+        for segment, dtype in zip(self.table.segments, dtypes, strict=True):
+            live = segment.tensor.detach()
+            self._bases.append(live.to(dtype, memory_format=torch.contiguous_format, copy=True))
+        for row, piece in zip(rows, self.table.pieces, strict=True):
+            base = self._bases[piece.segment]
+            row["base"] = base.data_ptr() + piece.offsets[2] * base.element_size()
+            row["base_row_stride"] = piece.strides[2]
+            row["base_dtype"] = 0 if base.dtype is torch.float32 else row["live_dtype"]
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether a member is applied now."""
+        return bool(self._records.active) if self.memory == "lean" else self._perturbed
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Applies a member: w' = round(w + sign * sigma * eps). One that is applied is restored first.
+
+        sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
+        """
+        scale = _scale(member.sign, sigma)
+        if self.memory == "lean":
+            self.restore()
+            self._core.perturb_recorded(
+                self._records, member.noise_number, member.spec, scale, self.threads
+            )
+        else:
+            self._perturbed = True  # first: an interrupt right after the call must find it set
+            self._core.perturb(member.noise_number, member.spec, scale, self.threads)
+
+    def restore(self) -> None:
+        """Puts back the bits from before `perturb`; does nothing where no member is applied."""
+        if self.memory == "lean":
+            self._core.restore(self._records, self.threads)
+        elif self._perturbed:
+            self._core.refresh(self.threads)
+            self._perturbed = False
+
+    def update(
+        self,
+        members: Sequence[Member],
+        coefficients: Sequence[float] | np.ndarray,
+        *,
+        decay: AnchoredDecay | None = None,
+        alpha: float | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> UpdateReport:
+        """w <- round(decay(w + sum_n coefficient_n * sign_n * eps_n)), each weight read once.
+
+        coefficients: one a member, with alpha / N in them (Strategy.coefficients). decay: needs the
+        anchor that Weights was made with, and alpha. rounding: "stochastic" (keyed by `seed`, the
+        generation's) or "nearest"; fp32 bases are not rounded. Members of one update share one kind
+        of noise; neighbours with one seed are drawn once. An applied member is restored first.
+        """
+        values = self._checked(members, coefficients)
+        number, strength = self._decay(decay, alpha)
+        if rounding not in ROUNDINGS:
+            raise ConfigError(f"rounding {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}.")
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1.")
+        self.restore()
+        saturated = self._core.update(
+            members[0].noise_number,
+            [member.spec for member in members],
+            values.tolist(),
+            number,
+            strength,
+            rounding == "stochastic",
+            seed,
+            self.threads,
+        )
+        if number and self.anchor is not None:
+            self.anchor.release()
+        return UpdateReport(saturated)
+
+    def _checked(
+        self, members: Sequence[Member], coefficients: Sequence[float] | np.ndarray
+    ) -> np.ndarray:
+        values = np.asarray(coefficients, dtype=np.float64)
+        if values.shape != (len(members),) or not len(members):
+            raise ConfigError(
+                f"{len(members)} members and coefficients of shape {values.shape} were given; give "
+                "one coefficient a member, and at least one member."
+            )
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise ConfigError(
+                f"coefficient {int(np.argmin(np.isfinite(values.astype(np.float32))))} is not a "
+                "finite fp32 number; check the rewards before shaping them."
+            )
+        kinds = sorted({member.noise for member in members})
+        if len(kinds) > 1:
+            raise ConfigError(f"one update got members of {' and '.join(kinds)} noise; use one kind.")
+        if kinds == ["hadamard"] and len({member.seed for member in members}) > 1:
+            raise ConfigError(
+                "the Hadamard members of one update have different seeds; they share their "
+                "generation's seed and differ in index. Update once a generation."
+            )
+        return values
+
+    def _decay(self, decay: AnchoredDecay | None, alpha: float | None) -> tuple[int, float]:
+        if decay is None:
+            return 0, 0.0
+        if alpha is None or not (math.isfinite(alpha) and alpha > 0):
+            raise ConfigError(f"decay acts with alpha * lambda, and alpha is {alpha!r}; pass alpha=.")
+        if self.anchor is None:
+            raise StateError(
+                "decay has no anchor to pull to; make the weights with "
+                "Weights(table, anchor=Anchor.in_memory(table)) or Anchor.from_safetensors(path, table)."
+            )
+        return _DECAY_NUMBERS[decay.kind], decay.strength(alpha)
+
+    def checksum(self) -> str:
+        """16 hex digits of the live bits: equal iff the bits are, on any target and layout.
+
+        A sum modulo 2^64 over elements, so that the checksums of shards add up to the whole's.
+        """
+        return f"{self._core.checksum(self.threads):016x}"
+
+    def expected_bytes(self, sigma: float, noise: str = "gaussian") -> int:
+        """Bytes that this memory mode takes beside the weights for members of this sigma.
+
+        Exact for shadow and master; for lean measured on every 16th chunk of the weights as they
+        are (each perturbed and restored in place).
+        """
+        if self.memory != "lean":
+            return sum(base.nbytes for base in self._bases)
+        self.restore()
+        member = Member(seed=0, noise=noise)
+        return int(
+            self._core.expected_record_bytes(
+                member.noise_number, member.spec, _scale(1, sigma), _SAMPLE_STRIDE, self.threads
+            )
+        )
+
+    def memory_use(self) -> MemoryUse:
+        """What is held now: lean's records keep their memory between members."""
+        extra = self._records.bytes() + sum(base.nbytes for base in self._bases)
+        anchor = 0 if self.anchor is None else self.anchor.resident_bytes
+        return MemoryUse(self.table.nbytes, extra, anchor)
