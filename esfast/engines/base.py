@@ -1,4 +1,4 @@
-"""What an engine is: the thing that turns prompts into completions under the weights as they are now.
+"""What an engine is: it turns prompts into completions under the weights as they are now.
 
 A training loop perturbs the weights through `esfast.Weights`, calls `weights_changed()` and asks
 for `generate(...)`; it knows nothing else about the engine. An engine never edits a weight.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Message: TypeAlias = Mapping[str, str]
 """One chat message: `{"role": "user", "content": "2 + 2?"}`."""
 
-Prompt: TypeAlias = "str | Sequence[Message]"
+Prompt: TypeAlias = str | Sequence[Message]
 """What the user says (one message), or a whole conversation that ends before the answer."""
 
 
@@ -33,10 +33,10 @@ Prompt: TypeAlias = "str | Sequence[Message]"
 class Sampling:
     """How to choose the tokens of a completion.
 
-    `temperature=0` is greedy decoding; `top_p` and `seed` count only above it. `seed` and a prompt's
-    position in the list decide its random numbers, not the batch that it falls into. A completion
-    ends before the first of the `stop` texts, at the model's end token, or after `max_new_tokens`.
-    Raises ConfigError for a value outside its range.
+    `temperature=0` is greedy decoding; `top_p` and `seed` count only above it. `seed` and a
+    prompt's position in the list decide its random numbers, not the batch that it falls into. A
+    completion ends before the first of the `stop` texts, at the model's end token, or after
+    `max_new_tokens`. Raises ConfigError for a value outside its range.
     """
 
     max_new_tokens: int
@@ -51,7 +51,7 @@ class Sampling:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise ConfigError(
-                f"temperature is {self.temperature}; expected a finite number of 0 (greedy) or more."
+                f"temperature is {self.temperature}; expected 0 (greedy) or a finite number above."
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
@@ -70,9 +70,9 @@ class Sampling:
 class Completion:
     """What the model answered to one prompt.
 
-    `text`: without the prompt, special tokens and the stop text. `tokens`: how many tokens the model
-    generated for it, the end token included. `finished`: it ended by itself (end token or a stop
-    text) rather than at `max_new_tokens`.
+    `text`: without the prompt, special tokens and the stop text. `tokens`: how many tokens the
+    model generated for it, the end token included. `finished`: it ended by itself (end token or a
+    stop text) rather than at `max_new_tokens`.
     """
 
     text: str

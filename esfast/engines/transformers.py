@@ -1,0 +1,153 @@
+"""TransformersEngine: text from a Hugging Face model held in this process, on a CPU or a GPU.
+
+An own decoding loop over the model's forward: logits of the last position only, a cache sized
+once, the prompts' common beginning computed once a call, attention for short rows on CPUs, and rows
+that have ended leave the batch once half of it has. Tokenisation and batches are kept for the
+prompt lists used last, since all members of a generation answer the same one.
+
+The model is only ever edited elsewhere, through `esfast.Weights`; nothing derived from its weights
+outlives a call, so `weights_changed` has nothing to do. Not promised: the tokens of
+`model.generate` in bfloat16, where sums taken in another order choose otherwise among nearly equal
+logits (in fp32 they agree).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esfast.engines import prompts as prompting
+from esfast.engines.attention import short_row_attention
+from esfast.engines.base import Completion, Prompt, Sampling
+from esfast.engines.decoding import Decoder, Ends
+from esfast.engines.kv_cache import can_share
+from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.parameters import ParameterTable
+
+# Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
+PLANS_KEPT = 8
+
+
+class TransformersEngine:
+    """Batched greedy and sampled generation; see `esfast.engines.base.Engine` for the contract.
+
+    `model`: a causal language model; `tokenizer`: its tokenizer. `batch_size`: the most rows
+    decoded together. `system_prompt`: put before conversations that have none. `chat`: whether
+    prompts go through the chat template; by default where the tokenizer has one. `share_prefix`:
+    whether the prompts' common first tokens are computed once. Raises ConfigError for a model or
+    setting that this engine cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        system_prompt: str | None = None,
+        chat: bool | None = None,
+        share_prefix: bool = True,
+    ) -> None:
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        _check(model, tokenizer, batch_size, chat and not has_template)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.system_prompt = system_prompt
+        self._chat = has_template if chat is None else chat
+        self._config = model.config.get_text_config(decoder=True)
+        self._share_prefix = share_prefix and can_share(model.config)
+        self._ends = Ends.of(model, tokenizer)
+        self._plans: OrderedDict[Hashable, prompting.Plan] = OrderedDict()
+        self._table: ParameterTable | None = None
+        self._tokens_generated = 0
+        self._closed = False
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens generated since the engine was made."""
+        return self._tokens_generated
+
+    def table(self) -> ParameterTable:
+        """The model's live parameters; the same table at every call."""
+        if self._table is None:
+            self._table = ParameterTable.from_module(self.model)
+        return self._table
+
+    def weights_changed(self) -> None:
+        """Nothing to derive again: every call computes from the weights as they are."""
+
+    def close(self) -> None:
+        """Forget the prompts; the model stays with its owner."""
+        self._plans.clear()
+        self._closed = True
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion a prompt, in order. Raises ConfigError, DataError or StateError before
+        anything is generated; EsfastError where the device's memory does not suffice."""
+        if self._closed:
+            raise StateError("this engine is closed; make a new TransformersEngine.")
+        if len(prompts) == 0:
+            return []
+        plan = self._plan(prompts)
+        context = getattr(self._config, "max_position_embeddings", None)
+        prompting.require_room(plan, sampling.max_new_tokens, context)
+        with self._generating():
+            completions = Decoder(self.model, self.tokenizer, self._ends, sampling).run(plan)
+        self._tokens_generated += sum(completion.tokens for completion in completions)
+        return completions
+
+    def _plan(self, prompts: Sequence[Prompt]) -> prompting.Plan:
+        key = prompting.key(prompts)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            rows = prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
+            plan = prompting.make_plan(rows, self.batch_size, self._ends.pad, self._share_prefix)
+        self._plans[key] = plan
+        if len(self._plans) > PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """No autograd, no dropout, attention for short rows; the model is as before afterwards."""
+        training = self.model.training
+        if training:
+            self.model.train(False)
+        try:
+            with torch.inference_mode(), short_row_attention(self.model):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise EsfastError(
+                f"the memory of {self.model.device} does not hold {self.batch_size} rows at once "
+                f"({str(error).splitlines()[0]}). Lower batch_size or max_new_tokens."
+            ) from None
+        finally:
+            if training:
+                self.model.train()
+
+
+def _check(model: Any, tokenizer: Any, batch_size: int, no_template: bool | None) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
+    if not callable(tokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's own.")
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError(
+            f"model is a {type(model).__name__}; expected a causal language model of transformers. "
+            f"For another module use esfast.EvolutionStrategy with a loop of your own."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder; expected a decoder-only language model."
+        )
+    if no_template:
+        raise ConfigError(
+            "chat=True, but the tokenizer has no chat template. Leave chat out to give the prompts "
+            "as plain text, or set tokenizer.chat_template."
+        )
