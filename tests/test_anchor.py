@@ -21,11 +21,11 @@ from cases import (
     population,
     tensors,
 )
-from esfast.parameters import Segment
 from reference import Update
 from safetensors.torch import save_file
 
 from esfast import Anchor, AnchoredDecay, EsfastError, ParameterTable, Weights
+from esfast.parameters import Segment
 
 Model = dict[str, torch.Tensor]
 
@@ -91,11 +91,13 @@ def test_the_anchor_is_the_start_not_the_live_weights() -> None:
     start = clones(model)
     anchor = Anchor.in_memory(ParameterTable.from_tensors(model))
     weights = Weights(ParameterTable.from_tensors(model), anchor=anchor)
+    one = population("gaussian", 1)
     for _ in range(3):
-        weights.update([], [], decay=AnchoredDecay("l2", 0.5), alpha=1.0)
+        weights.update(one, [0.0], decay=AnchoredDecay("l2", 0.5), alpha=1.0)
     assert_tensors(model, start)
-    weights.update(population("gaussian", 1), [1.0], decay=AnchoredDecay("l2", 0.5), alpha=1.0)
-    weights.update([], [], decay=AnchoredDecay("l1", 1e9), alpha=1.0)
+    weights.update(one, [1.0], decay=AnchoredDecay("l2", 0.5), alpha=1.0)
+    assert not torch.equal(model["model.norm.weight"], start["model.norm.weight"])
+    weights.update(one, [0.0], decay=AnchoredDecay("l1", 1e9), alpha=1.0)
     assert_tensors(model, start, "an l1 decay that is larger than every change")
 
 
@@ -240,8 +242,18 @@ def test_an_anchor_of_another_model_is_refused() -> None:
     model = tensors("bfloat16", plain_bits)
     with pytest.raises(EsfastError):
         weights = Weights(ParameterTable.from_tensors(model), anchor=Anchor.in_memory(other))
-        weights.update([], [], decay=AnchoredDecay("l2", 1.0), alpha=0.1)
+        weights.update(population("gaussian", 1), [0.0], decay=AnchoredDecay("l2", 1.0), alpha=0.1)
     assert_tensors(model, tensors("bfloat16", plain_bits))
+
+
+def test_an_anchor_of_other_shapes_is_refused() -> None:
+    """As many tensors, but smaller ones: reading past their end would be worse than an error."""
+    table = ParameterTable.from_tensors({"w": torch.ones(64, 64)})
+    for other in (
+        {"w": torch.ones(2)}, {"v": torch.ones(64, 64)}, {"w": torch.ones(64 * 64)}
+    ):  # fmt: skip
+        with pytest.raises(EsfastError):
+            Weights(table, anchor=Anchor.in_memory(ParameterTable.from_tensors(other)))
 
 
 def test_one_value_decays_exactly() -> None:
@@ -250,5 +262,5 @@ def test_one_value_decays_exactly() -> None:
         model = {"w": torch.full((4,), 3.0)}
         held = Anchor.in_memory(ParameterTable.from_tensors({"w": torch.full((4,), 1.0)}))
         weights = Weights(ParameterTable.from_tensors(model), anchor=held)
-        weights.update([], [], decay=AnchoredDecay(kind, 0.5), alpha=0.5)
+        weights.update(population("gaussian", 1), [0.0], decay=AnchoredDecay(kind, 0.5), alpha=0.5)
         assert (model["w"] == want).all(), kind

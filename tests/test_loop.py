@@ -118,6 +118,23 @@ def test_a_population_left_open_is_restored_by_the_next(capsys: Any) -> None:
     assert_bits(model.weight, before)
 
 
+def test_a_loop_that_dies_late_leaves_the_next_one_alone() -> None:
+    """A traceback can hold an abandoned loop until the garbage collector comes, which may be while
+    a member of the next loop is being evaluated: that member must stay applied."""
+    model = linear()
+    es = strategy(model)
+    before = bits_of(model.weight)
+    held = iter(es.population())
+    next(held)
+    again = iter(es.population())
+    next(again), next(again)
+    live = bits_of(model.weight)
+    del held
+    assert_bits(model.weight, live)
+    again.close()
+    assert_bits(model.weight, before)
+
+
 BAD_REWARDS: dict[str, Any] = {
     "short": [1.0] * 5,
     "long": [1.0] * 7,

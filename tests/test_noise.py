@@ -10,17 +10,18 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
 import reference
 from cases import NOISES, population
-from esfast.members import Member, generation_seed, member_seed, noise, tensor_id
 from test_reference import rows
 
 import esfast
+from esfast.members import Member, generation_seed, member_seed, noise, tensor_id
 
-BIG = 4_194_304
+BIG = 1_048_576
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -73,13 +74,15 @@ def test_noise_is_the_reference(target: str, kind: str, sign: int) -> None:
         assert not wrong.size, (first, int(wrong[0]), got[wrong[0]], want[wrong[0]])
 
 
-def test_every_edge_of_the_gaussian_map(target: str) -> None:
-    """2^20 consecutive values against the reference: both signs, all binades that occur."""
-    n = 1 << 20
-    got = noise(Member(seed=12), NAME, (n,), first=2**33)
-    i = np.uint64(2**33) + np.arange(n, dtype=np.uint64)
-    want = reference.gaussian(12, NAME, i)
-    assert np.array_equal(got.view(np.uint32), want.view(np.uint32))
+@cache
+def many_gaussians() -> np.ndarray:
+    return reference.gaussian(12, NAME, np.uint64(2**33) + np.arange(1 << 20, dtype=np.uint64))
+
+
+def test_a_million_gaussians(target: str) -> None:
+    """Consecutive values against the reference: both signs, all binades that occur."""
+    got = noise(Member(seed=12), NAME, (1 << 20,), first=2**33)
+    assert np.array_equal(got.view(np.uint32), many_gaussians().view(np.uint32))
 
 
 def test_shape_and_offset_do_not_matter() -> None:
@@ -179,7 +182,8 @@ def test_tensors_seeds_and_neighbours_do_not_correlate(kind: str) -> None:
         for lag in (0, 1, 4):
             a, b = x[: x.size - lag], other[lag:]
             assert abs(correlation(a, b)) < 4.5, (kind, lag)
-            assert abs(correlation(a**2 - 1, b**2 - 1)) < 4.5 or kind == "rademacher"
+            if kind != "rademacher":
+                assert abs(correlation(a**2 - 1, b**2 - 1)) < 4.5, (kind, lag)
     for lag in (1, 2, 3, 4, 5, 8, 31, 32, 64, 127, 128, 1024):
         assert abs(correlation(x[:-lag], x[lag:])) < 4.5, (kind, lag)
         if kind != "rademacher":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from esfast.parameters import Segment
 from reference import tensor_id
 
 from esfast import EsfastError, EvolutionStrategy, ParameterTable, Weights
 from esfast.errors import ParameterError
+from esfast.parameters import Segment
 
 COLLIDING = ("w.101237", "w.144138")  # one 32-bit tensor id; found by trying w.0, w.1, ...
 
@@ -192,7 +192,6 @@ BAD_SEGMENTS = {
     "rank": lambda: Segment("w", (4, 4), torch.ones(8), (0,)),
     "start rank": lambda: Segment("w", (4, 4), torch.ones(2, 4), (0,)),
     "larger": lambda: Segment("w", (4, 4), torch.ones(5, 4), (0, 0)),
-    "name": lambda: Segment("", (4, 4), torch.ones(4, 4), (0, 0)),
 }
 
 
