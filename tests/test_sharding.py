@@ -23,10 +23,10 @@ from cases import (
     population,
     tensor_of,
 )
-from esfast.members import Member
-from esfast.parameters import Segment
 
 from esfast import Anchor, AnchoredDecay, ParameterTable, Weights
+from esfast.members import Member
+from esfast.parameters import Segment
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 MEMORIES = ("lean", "shadow", "master")
@@ -228,7 +228,7 @@ def test_fused_qkv(target: str, dtype: str, stacked: int) -> None:
     assert_bits(fused, torch.cat(list(alone.values()), dim=stacked), "updated")
 
 
-@pytest.mark.parametrize("shape", [(4, 6, 10), (2, 3, 4, 5), (7, 1, 9), (1, 1, 1), (33,)])
+@pytest.mark.parametrize("shape", [(), (4, 6, 10), (2, 3, 4, 5), (7, 1, 9), (1, 1, 1), (33,)])
 @pytest.mark.parametrize("layout", ["copies", "views", "every other"])
 def test_other_ranks(target: str, layout: str, shape: tuple[int, ...]) -> None:
     count = int(torch.Size(shape).numel())

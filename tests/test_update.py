@@ -108,6 +108,42 @@ def test_antithetic_pairs_are_merged_in_double(target: str) -> None:
     assert 0 < model[names[0]].abs().max() < 1e-11
 
 
+def test_neighbours_of_one_seed_are_one_term(target: str) -> None:
+    """Also three of them, and a seed that returns later, which is a term of its own."""
+    a, b = population("gaussian", 2)
+    for members in ([a, a, a], [a, a, b, a], [a, b, b, a, a]):
+        scalars = coefficients(len(members), 0.1)
+        model = {"w": torch.zeros(65)}
+        made(model, "lean").update(members, scalars)
+        want = expected_update({"w": torch.zeros(65)}, reference.Update(members, scalars))[0]
+        assert_tensors(model, want, str(len(members)))
+
+
+LARGE = 200_003  # past the chunks and blocks that small tensors never fill
+
+
+@cache
+def large(noise: str) -> tuple[reference.Bits, reference.Bits, int]:
+    bits, i = nasty_bits("bfloat16", LARGE), np.arange(LARGE, dtype=np.uint64)
+    live = reference.perturb(bits, "bfloat16", "w", i, member(noise), 0.02)
+    update = reference.Update(population(noise, 2), [0.1, -0.2], seed=3)
+    return live, *update.apply(bits, "bfloat16", "w", i)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_large_tensors(target: str, noise: str) -> None:
+    live, stepped, saturated = large(noise)
+    for memory in MODES:
+        model = {"w": tensor_of(nasty_bits("bfloat16", LARGE), "bfloat16")}
+        weights = made(model, memory, threads=2)
+        weights.perturb(member(noise), 0.02)
+        assert_bits(model["w"], live, f"{memory}, perturbed")
+        weights.restore()
+        report = weights.update(population(noise, 2), [0.1, -0.2], seed=3)
+        assert_bits(model["w"], stepped, f"{memory}, updated")
+        assert report.saturated == saturated
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 31, 32, 33, 64, 65, 128])
 @pytest.mark.parametrize("noise", NOISES)
 def test_population_sizes(target: str, noise: str, size: int) -> None:
@@ -218,14 +254,14 @@ def test_saturation_is_counted_over_tensors_and_threads(target: str) -> None:
     assert report.saturated == saturated > 4000
 
 
-@pytest.mark.parametrize(
-    "scalars", [[1.3e-38, -2e-38], [1e-41, 2e-40]], ids=["normal", "subnormal"]
-)
+SMALL_STEPS = {"normal": [1.3e-38, -2e-38], "subnormal": [1e-41, 2e-40]}
+
+
+@pytest.mark.parametrize("steps", SMALL_STEPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_flushing_denormals_outside_changes_nothing(
-    target: str, dtype: str, scalars: list[float]
-) -> None:
+def test_flushing_denormals_outside_changes_nothing(target: str, dtype: str, steps: str) -> None:
     """Weights, anchor, members and coefficients at the bottom of fp32's range."""
+    scalars = SMALL_STEPS[steps]
     small = np.concatenate([special_bits(dtype), nasty_bits(dtype, 400)])
     anchor = np.roll(small, 7)
     one, members = member("gaussian"), population("gaussian", 2)
