@@ -1,0 +1,52 @@
+"""The tasks that `esfast train` knows by name.
+
+To add one: a file beside this one with a subclass of `Task`, and a line in TASKS. Each module is
+imported only when its task is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from esfast.errors import ConfigError
+from esfast.tasks.base import Example, PoolTask, Score, Task
+
+__all__ = ["TASKS", "Example", "PoolTask", "Score", "Task", "make_task"]
+
+TASKS: dict[str, tuple[str, str]] = {
+    "arithmetic": ("esfast.tasks.arithmetic", "Arithmetic"),
+    "countdown": ("esfast.tasks.countdown", "Countdown"),
+    "custom": ("esfast.tasks.custom", "Custom"),
+    "gsm8k": ("esfast.tasks.gsm8k", "Gsm8k"),
+    "reasoning_gym": ("esfast.tasks.reasoning_gym", "ReasoningGym"),
+}
+"""Name -> (module, class)."""
+
+
+def make_task(name: str, **options: Any) -> Task:
+    """The task called `name`; `reasoning_gym:DATASET` names a data set of that package.
+
+    Raises ConfigError for a name or an option that is not there, and what the task raises.
+    """
+    kind, _, dataset = name.partition(":")
+    if kind not in TASKS or (dataset and kind != "reasoning_gym"):
+        there = ", ".join(sorted(TASKS)).replace("reasoning_gym", "reasoning_gym:DATASET")
+        raise ConfigError(f"there is no task {name!r}; there are {there}.")
+    if kind == "reasoning_gym":
+        options = {"dataset": dataset, **options}
+    module, class_name = TASKS[kind]
+    make = getattr(import_module(module), class_name)
+    _check_options(name, make, options)
+    return make(**options)
+
+
+def _check_options(name: str, make: type, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(make).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = sorted(set(options) - set(parameters))
+    if unknown:
+        taken = ", ".join(parameters) or "no options"
+        raise ConfigError(f"task {name!r} has no option {', '.join(unknown)}; it takes {taken}.")

@@ -1,0 +1,148 @@
+"""What a task is: where the prompts come from, and what a completion is worth.
+
+Contract of a task:
+- `train_batch(seed, generation, count)` and `held_out(count)` are pure functions:
+  a resumed run sees the prompts that the first one saw.
+- No held-out problem is ever in a training batch, whatever the seed.
+- `score` never evaluates what a model wrote. It may raise or return nonsense: `safe_score` turns
+  that into the task's declared failure reward, marked as failed, so that a run goes on and says how
+  often it happened.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from esfast.engines.base import Prompt
+from esfast.errors import DataError
+from esfast.tasks.draws import Draws
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what is needed to judge an answer to it.
+
+    `id` names the problem within its task; `data` is the task's own.
+    """
+
+    id: str
+    prompt: Prompt
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one completion is worth.
+
+    `value` is the reward, `feedback` says in words what was right or wrong, `solved` whether the
+    answer is right by the strictest reading (None where a task does not say). `failed` marks a
+    completion that could not be scored and got the failure reward.
+    """
+
+    value: float
+    feedback: str = ""
+    solved: bool | None = None
+    failed: bool = False
+
+
+class Task(ABC):
+    """Base of every task; see the module for the contract."""
+
+    name: str = "task"
+    max_new_tokens: int = 64
+    """How long an answer may be when the user does not say."""
+    failure_reward: float = 0.0
+    """The reward of a completion whose scoring failed."""
+
+    @abstractmethod
+    def train_batch(self, seed: int, generation: int, count: int) -> list[Example]:
+        """The `count` training prompts of a generation."""
+
+    @abstractmethod
+    def held_out(self, count: int) -> list[Example]:
+        """At most `count` held-out prompts, always the same ones."""
+
+    @abstractmethod
+    def score(self, example: Example, completion: str) -> Score:
+        """What `completion` is worth as an answer to `example`."""
+
+    def safe_score(self, example: Example, completion: str) -> Score:
+        """`score`, except that an exception or a reward that is no finite number is a failure."""
+        try:
+            score = self.score(example, completion)
+        except Exception as error:
+            return self.failure(f"scoring raised {type(error).__name__}: {error}")
+        if not is_reward(score.value):
+            return self.failure(f"the reward was {score.value!r}; expected a finite number")
+        return score
+
+    def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Score]:
+        """One score a completion, in order; never raises for what a model or a reward did."""
+        pairs = zip(examples, completions, strict=True)
+        return [self.safe_score(example, completion) for example, completion in pairs]
+
+    def failure(self, feedback: str) -> Score:
+        """The score of a completion that could not be scored."""
+        return Score(self.failure_reward, feedback[:500], solved=None, failed=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What the run folder's config.json records of this task; plain JSON values."""
+        return {"name": self.name, "max_new_tokens": self.max_new_tokens}
+
+    def close(self) -> None:  # noqa: B027  (most tasks hold nothing)
+        """Give up processes and files; twice does no harm."""
+
+
+class PoolTask(Task):
+    """A task over a fixed list of examples: a new permutation an epoch, no prompt left out."""
+
+    def __init__(self, train: Sequence[Example], held_out: Sequence[Example]) -> None:
+        """Raises DataError where a split is empty or an example is in both."""
+        for split, examples in (("training", train), ("held-out", held_out)):
+            if not examples:
+                raise DataError(
+                    f"task {self.name!r} has no {split} prompts; give it more data "
+                    f"({len(train)} training and {len(held_out)} held-out prompts are there)."
+                )
+        shared = {example.id for example in train} & {example.id for example in held_out}
+        if shared:
+            raise DataError(
+                f"task {self.name!r} has {len(shared)} problems both in training and held out, "
+                f"such as {min(shared)!r}; remove them from one of the two."
+            )
+        self._train = list(train)
+        self._held_out = list(held_out)
+
+    def train_batch(self, seed: int, generation: int, count: int) -> list[Example]:
+        """Prompts `generation * count` onwards of the endless sequence of shuffled epochs."""
+        first = generation * count
+        return [self._train[self._index(seed, place)] for place in range(first, first + count)]
+
+    def held_out(self, count: int) -> list[Example]:
+        """The first `count` of the held-out examples in a fixed shuffled order."""
+        order = _permutation(0, -1, len(self._held_out))
+        return [self._held_out[index] for index in order[:count]]
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the sizes of the two splits."""
+        sizes = {"train_size": len(self._train), "held_out_size": len(self._held_out)}
+        return {**super().describe(), **sizes}
+
+    def _index(self, seed: int, place: int) -> int:
+        epoch, within = divmod(place, len(self._train))
+        return _permutation(seed, epoch, len(self._train))[within]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+    return tuple(Draws("epoch", seed, epoch).shuffled(range(size)))
+
+
+def is_reward(value: object) -> bool:
+    """Whether `value` is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

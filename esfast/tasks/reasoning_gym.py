@@ -1,0 +1,179 @@
+"""Any data set of the reasoning-gym package (106 procedural ones), by name.
+
+    esfast train --task reasoning_gym:countdown --task-option min_numbers=3
+
+The data set's own scorer decides the reward (1.0 right; many give 0.05 to what can be read and 0.01
+to the rest). It wants the bare answer, so that is extracted first: the last <answer>...</answer>,
+else what follows the last "answer is" or "Answer:", else the last line. Some scorers evaluate the
+answer as Python; such an answer has to pass `esfast.tasks.harmless` first, else it is worth 0.
+
+Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON where JSON gives
+them back unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from esfast.errors import ConfigError
+from esfast.tasks.base import Example, PoolTask, Score
+from esfast.tasks.draws import held_out_keys
+from esfast.tasks.harmless import is_formula, is_plain
+
+HELD_OUT_SHARE = 0.2
+SOLVED = 0.99
+TUPLE = "__tuple__"
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_SAID = re.compile(r"(?:answer is|answer:)[ \t]*(.+)", re.IGNORECASE)
+
+
+class ReasoningGym(PoolTask):
+    """Trains on `size` problems of one data set, of which a fifth is held out."""
+
+    max_new_tokens = 128
+
+    def __init__(self, dataset: str = "", size: int = 1000, problems_seed: int = 0, **options: Any):
+        """`options` go to the data set's configuration.
+
+        Raises ConfigError for an unknown data set or option, or without the package.
+        """
+        self.name = f"reasoning_gym:{dataset}"
+        self._dataset = _create(dataset, {**options, "size": size, "seed": problems_seed})
+        self._checks = _checks(type(self._dataset))
+        rows = _cached_rows(dataset, self._dataset, {**options, "seed": problems_seed})
+        examples = {row["question"]: Example(row["question"], row["question"], row) for row in rows}
+        held = held_out_keys(examples, HELD_OUT_SHARE)
+        held_out = [example for key, example in examples.items() if key in held]
+        train = [example for key, example in examples.items() if key not in held]
+        super().__init__(train, held_out)
+
+    def score(self, example: Example, completion: str) -> Score:
+        """What the data set's scorer gives to the extracted answer."""
+        answer = extract_answer(completion)
+        if answer != example.data["answer"] and not all(check(answer) for check in self._checks):
+            return Score(0.0, "The answer is not in a plain form that can be scored.", solved=False)
+        value = float(self._dataset.score_answer(answer, dict(example.data)))
+        solved = value >= SOLVED
+        known = example.data["answer"]
+        wrong = "Not right." if known is None else f"Not right; a right answer is {known}"
+        return Score(value, "Right." if solved else wrong, solved=solved)
+
+
+def extract_answer(completion: str) -> str:
+    """The bare answer in a completion; the whole text where nothing marks one."""
+    tagged = _TAGGED.findall(completion)
+    if tagged:
+        return tagged[-1].strip()
+    said = _SAID.findall(completion)
+    if said:
+        return said[-1].strip().removesuffix(".")
+    lines = completion.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _create(name: str, config: dict[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ConfigError(
+            f"task reasoning_gym needs the reasoning-gym package ({error}); "
+            "pip install reasoning-gym."
+        ) from None
+    if name not in DATASETS:
+        raise ConfigError(
+            f"reasoning-gym has no data set {name!r}; there are {', '.join(sorted(DATASETS))}. "
+            "Write reasoning_gym:NAME."
+        )
+    try:
+        return reasoning_gym.create_dataset(name, **config)
+    except (TypeError, AssertionError, ValueError) as error:
+        accepted = ", ".join(inspect.signature(DATASETS[name][1]).parameters)
+        raise ConfigError(
+            f"reasoning-gym data set {name!r} refuses its options ({error}); it takes {accepted}."
+        ) from None
+
+
+def _checks(dataset: type) -> list[Callable[[str], bool]]:
+    """What an answer has to pass, given what the source of the scorer calls on it."""
+    module = sys.modules[dataset.__module__]
+    source = inspect.getsource(module)
+    sympy_parser = getattr(getattr(module, "parse_expr", None), "__module__", "")
+    checks: list[Callable[[str], bool]] = []
+    if re.search(r"(?<!literal_)\b(eval|exec)\(", source):
+        checks.append(is_plain)
+    if sympy_parser.startswith("sympy") or re.search(r"\b(sympy|sp)\.(parse_expr|sympify)", source):
+        checks.append(is_formula)
+    return checks
+
+
+def _cached_rows(name: str, dataset: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
+    version = metadata.version("reasoning-gym")
+    key = json.dumps([name, len(dataset), version, config], sort_keys=True, default=str)
+    path = _cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        pass
+    rows = [dataset[index] for index in range(len(dataset))]
+    try:
+        text = json.dumps(_to_json(rows))
+        if _same(_from_json(json.loads(text)), rows):
+            _write(path, text)
+    except (TypeError, ValueError, OSError):
+        pass  # made again next time
+    return rows
+
+
+def _to_json(value: Any) -> Any:
+    """The value with its tuples marked, which JSON would turn into lists."""
+    if isinstance(value, tuple):
+        return {TUPLE: [_to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {TUPLE}:
+            return tuple(_from_json(item) for item in value[TUPLE])
+        return {key: _from_json(item) for key, item in value.items()}
+    return value
+
+
+def _same(read: Any, written: Any) -> bool:
+    """Equality of types too: JSON turns keys into strings and knows neither sets nor dates."""
+    if type(read) is not type(written):
+        return False
+    if isinstance(read, dict):
+        return read.keys() == written.keys() and all(_same(read[k], written[k]) for k in read)
+    if isinstance(read, (list, tuple)):
+        return len(read) == len(written) and all(map(_same, read, written))
+    return bool(read == written)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "esfast" / "reasoning_gym"
