@@ -1,0 +1,98 @@
+"""What the held-out prompts scored, and whether it rose: means with 95 % intervals.
+
+    mean +- 1.96 * s / sqrt(n)            s: sample deviation of the prompts' scores
+    shares: Wilson's interval, which keeps to [0, 1] and has width where all or none are right
+    rise in standard errors: mean(d) / (s_d / sqrt(n)), d = after - before, prompt by prompt
+
+The interval speaks of prompts like these, not of another run's noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from esfast.tasks.base import Score
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of the held-out prompts at one generation, in the order of the prompts."""
+
+    generation: int
+    scores: tuple[Score, ...]
+    completions: tuple[str, ...]
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """float64 [prompts]."""
+        return np.array([score.value for score in self.scores], dtype=np.float64)
+
+    @property
+    def mean(self) -> float:
+        """The held-out score."""
+        return float(self.values.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean; of no width for a single prompt."""
+        half = Z95 * _standard_error(self.values)
+        return self.mean - half, self.mean + half
+
+    @property
+    def solved(self) -> float | None:
+        """The share of prompts answered rightly by the strictest reading; None if not said."""
+        marks = [score.solved for score in self.scores if score.solved is not None]
+        return sum(marks) / len(self.scores) if marks else None
+
+    @property
+    def solved_interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of `solved`."""
+        return None if self.solved is None else wilson(self.solved, len(self.scores))
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "generation": self.generation,
+            "prompts": len(self.scores),
+            "score": self.mean,
+            "score_95": list(self.interval),
+            "solved": self.solved,
+            "solved_95": None if self.solved_interval is None else list(self.solved_interval),
+            "failed_rewards": sum(score.failed for score in self.scores),
+        }
+
+    def text(self) -> str:
+        """ "0.834 [0.790, 0.878]"."""
+        low, high = self.interval
+        return f"{self.mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def rise(before: HeldOut, after: HeldOut) -> tuple[float, float]:
+    """(mean difference, the same in standard errors of the paired difference)."""
+    difference = after.values - before.values
+    mean = float(difference.mean())
+    error = _standard_error(difference)
+    if error == 0.0:
+        return mean, math.copysign(math.inf, mean) if mean else 0.0
+    return mean, mean / error
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` trials."""
+    z2 = Z95 * Z95 / count
+    middle = (share + z2 / 2) / (1 + z2)
+    half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _standard_error(values: Sequence[float] | np.ndarray) -> float:
+    count = len(values)
+    return float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else 0.0

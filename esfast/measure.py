@@ -1,0 +1,82 @@
+"""Where a run's time and memory go.
+
+Time: laps between two readings of the monotonic clock, each put to one name. Memory: the peak
+resident set of this process (Linux resets the mark for the asking; elsewhere the peak since the
+start is all there is), and on CUDA the peak of the allocator.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+GENERATION = "generation"
+SCORING = "scoring"
+PERTURB = "perturb and restore"
+UPDATE = "update"
+RECORDS = "records"
+SETUP = "setup"
+FINISH = "finish"
+
+INSIDE = (GENERATION, SCORING)
+LOOP = (GENERATION, SCORING, PERTURB, UPDATE, RECORDS)
+
+
+class Clock:
+    """Laps: every second since the start belongs to exactly one name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        """Puts the time since the last lap to `name`; returns it in seconds."""
+        now = time.perf_counter()
+        spent = now - self._last
+        self._last = now
+        self.seconds[name] += spent
+        return spent
+
+    def outside_share(self, names: tuple[str, ...] = LOOP) -> float:
+        """The share of the time of `names` that was neither generation nor scoring; 0 to 1."""
+        total = sum(self.seconds[name] for name in names)
+        inside = sum(self.seconds[name] for name in names if name in INSIDE)
+        return 1.0 - inside / total if total > 0 else 0.0
+
+
+def reset_peak() -> bool:
+    """Forget the peaks so far; False where this system does not let a process do so."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """The peak resident set since the last reset (or the start), plus the CUDA allocator's peak."""
+    peak = _status_bytes("VmHWM")
+    if peak is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peak += torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None

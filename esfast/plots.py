@@ -1,0 +1,111 @@
+"""The plots of a run, drawn from its folder alone: rewards, held-out scores, where the time went.
+
+Every picture says at its foot how it was made, and again in the PNG's metadata.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from esfast.errors import ConfigError
+from esfast.provenance import one_line
+from esfast.run_folder import METRICS, PLOTS, SUMMARY, read_config, read_json, read_lines
+
+INK = "#27465f"
+BAND = "#9cc0d9"
+MARK = "#c4572e"
+SIZE = (7.0, 4.2)
+PIXELS_PER_INCH = 150
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draws what the folder's files allow; returns the pictures written.
+
+    Raises ConfigError without matplotlib, DataError where `folder` is no run.
+    """
+    made = one_line(read_config(folder)["made"])
+    rows = list(read_lines(folder / METRICS)) if (folder / METRICS).exists() else []
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    held_out = [row["held_out"] for row in rows if row["held_out"]]
+    if summary.get("held_out_before"):
+        held_out.insert(0, summary["held_out_before"])
+    pictures: list[tuple[str, Callable[[Any], None], bool]] = [
+        ("reward", lambda axes: _rewards(axes, rows), bool(rows)),
+        ("held_out", lambda axes: _held_out(axes, held_out), bool(held_out)),
+        ("time", lambda axes: _time(axes, summary["seconds"]), bool(summary)),
+    ]
+    (folder / PLOTS).mkdir(exist_ok=True)
+    drawn = [(folder / PLOTS / f"{name}.png", draw) for name, draw, there in pictures if there]
+    for path, draw in drawn:
+        _picture(path, draw, made)
+    return [path for path, _ in drawn]
+
+
+def _picture(path: Path, draw: Callable[[Any], None], made: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            f"plots need matplotlib ({error}); pip install matplotlib, or give --no-plots."
+        ) from None
+    figure = Figure(figsize=SIZE, dpi=PIXELS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    draw(axes)
+    figure.supxlabel("\n".join(textwrap.wrap(made, 130)), fontsize=5.5, color="#777777")
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", metadata={"Software": "esfast", "Comment": made})
+    temporary.replace(path)
+
+
+def _rewards(axes: Any, rows: list[dict[str, Any]]) -> None:
+    generations = [row["generation"] for row in rows]
+    mean = [row["reward_mean"] for row in rows]
+    low = [row["reward_mean"] - row["reward_spread"] for row in rows]
+    high = [row["reward_mean"] + row["reward_spread"] for row in rows]
+    axes.fill_between(generations, low, high, color=BAND, alpha=0.6, label="± 1 sd over members")
+    axes.plot(generations, mean, color=INK, label="mean of members", marker="o", markersize=3)
+    best = [row["reward_best"] for row in rows]
+    axes.plot(generations, best, color=MARK, linewidth=0.8, label="best member")
+    axes.set(title="Training reward", xlabel="generation", ylabel="reward")
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _held_out(axes: Any, records: list[dict[str, Any]]) -> None:
+    generations = [record["generation"] for record in records]
+    for key, colour, name in (("score", INK, "score"), ("solved", MARK, "share right")):
+        if any(record[key] is None for record in records):
+            continue
+        values = [record[key] for record in records]
+        below = [record[key] - record[f"{key}_95"][0] for record in records]
+        above = [record[f"{key}_95"][1] - record[key] for record in records]
+        axes.errorbar(
+            generations,
+            values,
+            yerr=(below, above),
+            color=colour,
+            label=name,
+            capsize=3,
+            marker="o",
+        )
+    count = records[0]["prompts"]
+    axes.set(
+        title=f"Held-out score, {count} prompts, 95 % intervals",
+        xlabel="generation",
+        ylabel="score",
+    )
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _time(axes: Any, seconds: dict[str, float]) -> None:
+    total = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda part: part[1])
+    bars = axes.barh([name for name, _ in parts], [spent for _, spent in parts], color=INK)
+    labels = [f"{spent:.1f} s, {100 * spent / total:.1f} %" for _, spent in parts]
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.margins(x=0.25)
+    axes.set(title=f"Where {total:.0f} s went", xlabel="seconds")

@@ -1,0 +1,78 @@
+"""What a run says when it is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from esfast.held_out import HeldOut
+from esfast.measure import FINISH, LOOP, SETUP
+from esfast.train import SAMPLES_SHOWN, TrainResult
+
+LONGEST_SHOWN = 200
+
+
+def print_result(console: Console, result: TrainResult, folder: Path) -> None:
+    """Held-out score before and after, four answers before and after, time, memory, the folder."""
+    lines = [*_held_out_lines(result), "", *_sample_lines(result), *_cost_lines(result)]
+    lines.append(f"run folder: {folder}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _held_out_lines(result: TrainResult) -> list[str]:
+    before, after, rise = result.before, result.after, result.rise
+    if before is None or after is None or rise is None:
+        return ["", "no held-out prompts were answered"]
+    lines = [
+        "",
+        f"held-out score  {before.text()} -> {after.text()}   95 % intervals, "
+        f"{len(before.scores)} prompts, generation {before.generation} and {after.generation}",
+        f"rise            {rise[0]:+.3f}, {rise[1]:.1f} standard errors",
+    ]
+    if before.solved is not None and after.solved is not None:
+        lines.append(f"exactly right   {_share(before)} -> {_share(after)}")
+    return lines
+
+
+def _share(held_out: HeldOut) -> str:
+    low, high = held_out.solved_interval or (0.0, 0.0)
+    return f"{held_out.solved:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _sample_lines(result: TrainResult) -> list[str]:
+    lines: list[str] = []
+    if result.before is None or result.after is None:
+        return lines
+    for index, example in enumerate(result.prompts[:SAMPLES_SHOWN]):
+        last = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+        lines += [
+            _shown(last),
+            f"  before  {_shown(result.before.completions[index])}",
+            f"  after   {_shown(result.after.completions[index])}",
+        ]
+    return [*lines, ""]
+
+
+def _cost_lines(result: TrainResult) -> list[str]:
+    clock, memory = result.clock, result.memory
+    loop = 100 * clock.outside_share()
+    run = 100 * clock.outside_share((*LOOP, SETUP, FINISH))
+    lines = [
+        f"time            {sum(clock.seconds.values()):.0f} s; outside generation and scoring: "
+        f"{loop:.1f} % of the loop, {run:.1f} % of the run with loading and saving",
+    ]
+    if memory.ratio is not None and memory.peak_bytes and memory.inference_bytes:
+        lines.append(
+            f"peak memory     {memory.peak_bytes / 1e6:.0f} MB, {memory.ratio:.3f} times the "
+            f"{memory.inference_bytes / 1e6:.0f} MB of generating without training"
+        )
+    if result.failed_rewards:
+        lines.append(f"failed rewards  {result.failed_rewards} (each got the failure reward)")
+    return lines
+
+
+def _shown(text: str) -> str:
+    line = text.strip().replace("\n", "\\n")
+    return line if len(line) <= LONGEST_SHOWN else line[: LONGEST_SHOWN - 3] + "..."

@@ -1,0 +1,140 @@
+"""The folder of a run: what was asked, what happened, and what came of it.
+
+    config.json         settings, and how the run was made
+    metrics.jsonl       a line a generation: rewards, held-out scores, tokens, seconds
+    generations.jsonl   a line a generation, synced before the weights change: seeds, coefficients
+                        to the bit (hexadecimal floats), raw rewards
+    samples.json        the same prompts answered before and after
+    summary.json        the result; written last, absent while a run goes on
+    plots/              PNG
+    model/              the tuned model as a Hugging Face folder
+
+Whole files appear at once (temporary file, fsync, rename). A line that could not be written whole
+is taken back, so that a full disk costs no line before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from esfast.errors import ConfigError, DataError, EsfastError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+GENERATIONS = "generations.jsonl"
+SAMPLES = "samples.json"
+SUMMARY = "summary.json"
+PLOTS = "plots"
+MODEL = "model"
+
+
+class RunFolder:
+    """Writes one run into a folder of its own."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Makes the folder and its config.json.
+
+        Raises ConfigError where something is there already, EsfastError where it cannot be written.
+        """
+        self.path = path
+        require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the folder {path}: {error.strerror or error}; give another one with "
+                "--output."
+            ) from None
+        self.write(CONFIG, config)
+
+    @property
+    def model(self) -> Path:
+        """Where the tuned model goes."""
+        return self.path / MODEL
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        append_line(self.path / METRICS, record)
+
+    def add_generation(self, record: Mapping[str, Any]) -> None:
+        """One line of generations.jsonl, on disk when this returns."""
+        append_line(self.path / GENERATIONS, record)
+
+    def write(self, name: str, content: Any) -> None:
+        """The JSON file `name`, replaced at once."""
+        path = self.path / name
+        temporary = path.with_name(f".{name}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(path, error) from None
+
+
+def require_free(path: Path) -> None:
+    """Raises ConfigError where `path` is something other than an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is there already; give another folder with --output.")
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a JSON line and syncs it. Raises EsfastError with the file as it was before."""
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    raise OSError("only a part of the line could be written")
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):  # the first error is the one to tell
+                    file.truncate(before)
+                raise
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file. Raises DataError for one that is missing or damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path} line {number} is damaged ({error}).") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json. Raises DataError where `folder` is no run."""
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run. Raises DataError for one that is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}).") from None
+
+
+def _unwritable(path: Path, error: OSError) -> EsfastError:
+    return EsfastError(
+        f"cannot write {path}: {error.strerror or error}. What was written before is whole; free "
+        "some space or choose another folder with --output."
+    )

@@ -1,0 +1,376 @@
+"""The loop on an engine of eight numbers: what is written, what is restored, what is reported."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from esfast import (
+    AnchoredDecay,
+    ConfigError,
+    EsfastError,
+    Member,
+    ParameterTable,
+    StrategyConfig,
+    Weights,
+)
+from esfast.engines.base import Completion, Sampling
+from esfast.held_out import HeldOut, rise, wilson
+from esfast.loggers import make_loggers, require_packages
+from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock
+from esfast.plots import draw_run
+from esfast.progress import RunProgress
+from esfast.report import print_result
+from esfast.run_folder import RunFolder, append_line, read_lines
+from esfast.tasks import Example, Score, Task
+from esfast.train import TrainConfig, Trainer
+
+SIZE = 8
+
+
+class NumberEngine:
+    """Answers prompt "i" with its i-th weight; `before_call(n)` runs before the n-th generate."""
+
+    def __init__(self, before_call=lambda call: None):
+        self.weights = torch.zeros(SIZE)
+        self._table = ParameterTable.from_tensors({"weights": self.weights})
+        self.tokens_generated = 0
+        self.calls = 0
+        self.seen: list[list[str]] = []
+        self.before_call = before_call
+
+    def table(self):
+        return self._table
+
+    def generate(self, prompts, sampling):
+        self.before_call(self.calls)
+        self.calls += 1
+        self.seen.append(list(prompts))
+        self.tokens_generated += len(prompts)
+        return [Completion(f"{self.weights[int(p)].item():.9g}", 1, True) for p in prompts]
+
+    def weights_changed(self):
+        pass
+
+    def close(self):
+        pass
+
+
+class Targets(Task):
+    """Weight i should become i / SIZE; the first half is trained on, and so is held out."""
+
+    name = "targets"
+    max_new_tokens = 4
+
+    def __init__(self, fail_on=()):
+        self.fail_on = fail_on
+
+    def train_batch(self, seed, generation, count):
+        return [Example(f"{generation}-{n}", str(n % SIZE)) for n in range(count)]
+
+    def held_out(self, count):
+        return [Example(f"held-{n}", str(n)) for n in range(min(count, SIZE))]
+
+    def score(self, example, completion):
+        if example.prompt in self.fail_on:
+            raise ValueError("no score today")
+        error = abs(float(completion) - int(example.prompt) / SIZE)
+        return Score(-error, "closer", solved=error < 0.05)
+
+
+def make_trainer(tmp_path, engine=None, task=None, saved=None, **settings) -> Trainer:
+    strategy = {"sigma": 0.05, "alpha": 0.1, "population_size": 16, "antithetic": True, "seed": 5}
+    strategy |= settings.pop("strategy", {})
+    config = TrainConfig(
+        **{
+            "strategy": StrategyConfig(**strategy),
+            "sampling": Sampling(4),
+            "generations": 6,
+            "prompts": SIZE,
+            "eval_every": 2,
+            **settings,
+        }
+    )
+    made = {"made": {"esfast": "0", "commit": None, "noise_version": 1, "target": "t",
+                     "started": "now", "command": "test"}}  # fmt: skip
+    saves = [] if saved is None else saved
+    trainer = Trainer(
+        engine or NumberEngine(),
+        task or Targets(),
+        config,
+        RunFolder(tmp_path / "run", made),
+        save_model=lambda path: saves.append(path),
+    )
+    text = Console(file=io.StringIO(), width=200)
+    trainer.progress = RunProgress(config.generations, config.strategy.population_size, text)
+    return trainer
+
+
+def shown(trainer: Trainer) -> str:
+    return trainer.progress.console.file.getvalue()
+
+
+def test_a_run_learns_and_writes_down_what_happened(tmp_path):
+    saved: list[Path] = []
+    trainer = make_trainer(tmp_path, generations=30, saved=saved)
+    result = trainer.run()
+    run = tmp_path / "run"
+    assert result.status == "finished" and saved == [run / "model"]
+    assert result.after.mean > result.before.mean / 3  # the error falls by two thirds
+    assert result.rise[1] > 3
+    rows = list(read_lines(run / "metrics.jsonl"))
+    assert [row["generation"] for row in rows] == list(range(1, 31))
+    assert [row["generation"] for row in rows if row["held_out"]] == list(range(2, 31, 2))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["generations"] == 30
+    assert summary["held_out_after"]["score"] == result.after.mean
+    assert summary["rise_in_standard_errors"] == result.rise[1]
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 4 and samples[1]["before"] == "0"
+    assert samples[1]["after"] == result.after.completions[1] != "0"
+
+
+def test_generations_hold_all_that_the_update_needs(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.run()
+    replayed = torch.zeros(SIZE)
+    weights = Weights(ParameterTable.from_tensors({"weights": replayed}))
+    for row in read_lines(tmp_path / "run" / "generations.jsonl"):
+        pairs = zip(row["seeds"], row["signs"], row["indices"], strict=True)
+        members = [Member(int(seed, 16), sign, "gaussian", index) for seed, sign, index in pairs]
+        coefficients = [float.fromhex(text) for text in row["coefficients"]]
+        assert trainer.es.strategy.coefficients(row["rewards"]).tolist() == coefficients
+        weights.update(members, coefficients, seed=int(row["generation_seed"], 16))
+    assert weights.checksum() == trainer.es.weights.checksum()
+    assert torch.equal(replayed, trainer.engine.weights) and replayed.any()
+
+
+def test_every_member_answers_the_generations_prompts(tmp_path):
+    trainer = make_trainer(tmp_path, generations=2, eval_every=5, prompts=3)
+    trainer.run()
+    # held-out, warm-up, 16 members, 16 members, held-out at the end
+    assert len(trainer.engine.seen) == 2 + 32 + 1
+    assert all(prompts == ["0", "1", "2"] for prompts in trainer.engine.seen[1:-1])
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow"])
+@pytest.mark.parametrize("decay", [None, AnchoredDecay("l2", 1.0)])
+def test_memory_modes_and_decay_run(tmp_path, memory, decay):
+    strategy = {"decay": decay, "shaping": "z_score"}
+    result = make_trainer(tmp_path, memory=memory, strategy=strategy).run()
+    assert result.after.mean > result.before.mean
+    assert result.memory.inference_bytes > 1e6 and result.memory.ratio >= 1.0
+
+
+def test_group_centred_shaping_gets_the_matrix(tmp_path):
+    trainer = make_trainer(tmp_path, strategy={"shaping": "group_centered"})
+    result = trainer.run()
+    (row, *_) = read_lines(tmp_path / "run" / "generations.jsonl")
+    assert np.shape(row["rewards"]) == (16, SIZE)
+    assert result.after.mean > result.before.mean
+
+
+def weights_after(tmp_path, generations: int) -> torch.Tensor:
+    trainer = make_trainer(tmp_path / f"first-{generations}", generations=generations)
+    trainer.run()
+    return trainer.engine.weights.clone()
+
+
+def interrupt_at(call: int):
+    """A real SIGINT in the middle of a generate, as Ctrl-C sends it."""
+    return lambda now: signal.raise_signal(signal.SIGINT) if now == call else None
+
+
+@pytest.mark.parametrize(("call", "whole"), [(2 + 16 + 7, 1), (2 + 3, 0), (2 + 32 + 1 + 15, 2)])
+def test_ctrl_c_leaves_the_last_whole_generation(tmp_path, call, whole):
+    saved: list[Path] = []
+    trainer = make_trainer(tmp_path, NumberEngine(interrupt_at(call)), saved=saved)
+    result = trainer.run()
+    assert (result.status, result.generations) == ("interrupted", whole)
+    if whole:
+        assert torch.equal(trainer.engine.weights, weights_after(tmp_path, whole))
+    else:
+        assert not trainer.engine.weights.any()
+    assert bool(saved) == bool(whole)
+    rows = list(read_lines(tmp_path / "run" / "generations.jsonl")) if whole else []
+    assert len(rows) == whole
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_ctrl_c_before_anything_was_measured_still_ends_in_order(tmp_path):
+    result = make_trainer(tmp_path, NumberEngine(interrupt_at(0))).run()
+    assert result.status == "interrupted" and result.before is None
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["generations"] == 0 and summary["rise"] is None
+
+
+def test_an_engine_that_fails_loses_nothing_and_is_heard(tmp_path):
+    def fail(call):
+        if call == 2 + 16 + 9:
+            raise RuntimeError("the engine broke")
+
+    saved: list[Path] = []
+    trainer = make_trainer(tmp_path, NumberEngine(fail), saved=saved)
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        trainer.run()
+    assert torch.equal(trainer.engine.weights, weights_after(tmp_path, 1))
+    assert len(list(read_lines(tmp_path / "run" / "metrics.jsonl"))) == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and saved
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_the_run_before_the_weights_move(tmp_path):
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "run" / "generations.jsonl").symlink_to("/dev/full")
+    with pytest.raises(EsfastError, match=r"cannot write .*generations\.jsonl: No space left"):
+        trainer.run()
+    assert not trainer.engine.weights.any()
+
+
+def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"n": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(EsfastError, match="No space left"):
+        append_line(path, {"n": 2})
+    assert list(read_lines(path)) == [{"n": 1}]
+
+
+def test_failed_rewards_are_counted_and_shown(tmp_path):
+    trainer = make_trainer(tmp_path, task=Targets(fail_on=("3",)), generations=2)
+    result = trainer.run()
+    assert result.failed_rewards == 2 * 16
+    assert "16 rewards failed" in shown(trainer)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed_rewards"] == 32
+
+
+def test_a_run_shows_a_line_a_generation_when_piped(tmp_path):
+    trainer = make_trainer(tmp_path, generations=3)
+    result = trainer.run()
+    print_result(trainer.progress.console, result, tmp_path / "run")
+    text = shown(trainer)
+    lines = [line for line in text.splitlines() if line.startswith("generation")]
+    assert len(lines) == 3
+    assert "held-out" in lines[1] and "tokens/s" in lines[0] and "left 0:0" in lines[0]
+    assert f"held-out score  {result.before.text()} -> {result.after.text()}" in text
+    assert text.count("  before  ") == 4 and "peak memory" in text and "\x1b" not in text
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    RunFolder(tmp_path / "run", {})
+    with pytest.raises(ConfigError, match="--output"):
+        RunFolder(tmp_path / "run", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--output"):
+        RunFolder(tmp_path / "file" / "run", {})
+
+
+@pytest.mark.parametrize("setting", ["generations", "prompts", "eval_every", "eval_size"])
+def test_settings_below_one_are_refused(setting):
+    with pytest.raises(ConfigError, match=setting):
+        TrainConfig(StrategyConfig(), Sampling(4), **{setting: 0})
+
+
+def test_plots_are_drawn_from_the_folder(tmp_path):
+    make_trainer(tmp_path).run()
+    pictures = draw_run(tmp_path / "run")
+    assert [path.name for path in pictures] == ["reward.png", "held_out.png", "time.png"]
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)
+    assert b"esfast 0, noise 1, t, now: test" in pictures[0].read_bytes()
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make_trainer(tmp_path, generations=4)
+    trainer.loggers = make_loggers(["tensorboard"], tmp_path / "run", {})
+    trainer.run()
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    means = [event.value for event in events.Scalars("reward_mean")]
+    assert means == pytest.approx([row["reward_mean"] for row in rows], rel=1e-6)
+    assert [event.step for event in events.Scalars("held_out_score")] == [2, 4]
+
+
+def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text(
+        "calls = []\n"
+        "def init(**k): calls.append(('init', k['project'], k['name']))\n"
+        "def log(numbers, step): calls.append(('log', step, numbers['reward_mean']))\n"
+        "def finish(): calls.append(('finish',))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trainer = make_trainer(tmp_path, generations=2)
+    trainer.loggers = make_loggers(["trackio"], tmp_path / "run", {})
+    trainer.run()
+    import trackio
+
+    assert [call[:2] for call in trackio.calls] == [
+        ("init", "esfast"),
+        ("log", 1),
+        ("log", 2),
+        ("finish",),
+    ]
+
+
+def test_a_missing_logger_is_refused_by_name():
+    with pytest.raises(ConfigError, match="tensorboard, trackio"):
+        require_packages(["nowhere"])
+
+
+# --- the numbers ------------------------------------------------------------------------------
+
+
+def held_out(values, solved=None) -> HeldOut:
+    marks = solved or [None] * len(values)
+    scores = tuple(Score(v, solved=s) for v, s in zip(values, marks, strict=True))
+    return HeldOut(0, scores, tuple("" for _ in values))
+
+
+def test_the_interval_is_the_textbooks():
+    values = [0.0, 1.0, 1.0, 0.5]
+    mean, half = 0.625, 1.959964 * np.std(values, ddof=1) / 2
+    assert held_out(values).interval == pytest.approx((mean - half, mean + half))
+    assert held_out([0.3]).interval == (0.3, 0.3)
+    assert held_out([0.0, 1.0], [False, True]).solved == 0.5
+    assert held_out([0.0, 1.0]).solved is None
+
+
+def test_wilsons_interval_keeps_to_shares_and_has_width():
+    # Newcombe (1998), Stat. Med. 17: 81 of 263 and 0 of 20
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1.0, 20)[1] == 1.0
+
+
+def test_the_rise_is_paired():
+    before, after = held_out([0.0, 0.5, 1.0]), held_out([0.1, 0.6, 1.1])
+    assert rise(before, after)[0] == pytest.approx(0.1)
+    assert rise(before, after)[1] > 1e6  # every prompt rose alike
+    assert rise(before, before) == (0.0, 0.0)
+    apart = held_out([1.0, 0.5, 1.0])
+    assert rise(before, apart) == pytest.approx((1 / 3, 1.0))
+
+
+def test_every_second_has_one_name(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 4.5, 5.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    clock.lap(GENERATION)
+    clock.lap(SCORING)
+    clock.lap(UPDATE)
+    clock.lap("setup")
+    assert clock.seconds == {GENERATION: 1.0, SCORING: 3.0, UPDATE: 0.5, "setup": 0.5}
+    assert clock.outside_share() == pytest.approx(0.5 / 4.5)
+    assert set(INSIDE) < set(LOOP)
