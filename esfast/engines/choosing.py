@@ -46,7 +46,7 @@ class Chooser:
 
 def uniforms(seed: int, prompt: int, count: int) -> np.ndarray:
     """float32 [count] in [0, 1) for the prompt at place `prompt`; a larger `count` only appends."""
-    stream = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, prompt])
+    stream = np.random.Philox(key=np.array([seed & 0xFFFFFFFFFFFFFFFF, prompt], np.uint64))
     return np.random.Generator(stream).random(count, dtype=np.float32)
 
 
