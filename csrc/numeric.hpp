@@ -1,30 +1,40 @@
 // The dtypes of weights: load to fp32, round to nearest even, round stochastically.
 //
-// A weight travels as `u32` bits (its 16 or 32 bits, zero-extended) and as `f32`. Any NaN result is
-// the canonical quiet NaN, since targets differ in which operand's payload survives an addition.
+// In registers a weight is `u32` bits: fp32 and bf16 as the fp32 number that they are (a bf16 has
+// zeros below), fp16 as its 16 bits. Weights are loaded and stored `L::vectors` vectors at a time,
+// which is what a target packs best. A NaN result is always the canonical quiet NaN, since targets
+// differ in which operand's payload survives an addition.
 #pragma once
 
 #include "target.hpp"
 
 namespace esfast::ESFAST_LANES {
 
-// Bits of NaN -> the canonical quiet NaN; the rest unchanged.
 template <class L>
-ESFAST_FN typename L::u32 canonical(typename L::u32 bits) {
-  const auto magnitude = L::and_(bits, L::set(0x7FFFFFFFu));
-  return L::select(L::greater(magnitude, L::set(0x7F800000u)), L::set(0x7FC00000u), bits);
+using Weights = typename L::u32[L::vectors];
+
+// The bits of t, or of the canonical quiet NaN.
+template <class L>
+ESFAST_FN typename L::u32 canonical(typename L::f32 t) {
+  return L::select(L::is_nan(t), L::set(0x7FC00000u), L::as_bits(t));
 }
 
 struct Float32 {
   static constexpr int bytes = 4;
 
   template <class L>
-  ESFAST_FN typename L::u32 load(const void* p) {
-    return L::load32(p);
+  ESFAST_FN void load(const void* p, Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = L::load32(static_cast<const uint8_t*>(p) + 4 * L::width * j);
   }
   template <class L>
-  ESFAST_FN void store(void* p, typename L::u32 bits) {
-    L::store32(p, bits);
+  ESFAST_FN void store(void* p, const Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j)
+      L::store32(static_cast<uint8_t*>(p) + 4 * L::width * j, v[j]);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 stored_bits(const void* p) {
+    return L::load32(p);
   }
   template <class L>
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
@@ -32,7 +42,7 @@ struct Float32 {
   }
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
-    return canonical<L>(L::as_bits(t));
+    return canonical<L>(t);
   }
   template <class L>
   ESFAST_FN typename L::u32 stochastic(typename L::f32 t, typename L::u32, uint32_t&) {
@@ -44,36 +54,55 @@ struct BFloat16 {
   static constexpr int bytes = 2;
 
   template <class L>
-  ESFAST_FN typename L::u32 load(const void* p) {
+  ESFAST_FN void load(const void* p, Weights<L>& v) {
+    L::load_high(p, v);
+  }
+  template <class L>
+  ESFAST_FN void store(void* p, const Weights<L>& v) {
+    L::store_high(p, v);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 stored_bits(const void* p) {
     return L::load16(p);
   }
   template <class L>
-  ESFAST_FN void store(void* p, typename L::u32 bits) {
-    L::store16(p, bits);
-  }
-  template <class L>
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
-    return L::as_float(L::template shl<16>(bits));
+    return L::as_float(bits);
   }
   // bits + 0x7FFF + (lowest kept bit). Not the bf16 conversion instruction: it flushes subnormals.
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
-    const auto bits = canonical<L>(L::as_bits(t));
+    const auto bits = canonical<L>(t);
     const auto tie = L::and_(L::template shr<16>(bits), L::set(1));
-    return L::template shr<16>(L::add(L::add(bits, L::set(0x7FFFu)), tie));
+    return upper<L>(L::add(L::add(bits, L::set(0x7FFFu)), tie));
   }
-  // `random`: 16 bits, added below the kept mantissa, then truncated.
+  // `random`: 16 bits, added below the kept mantissa, then truncated. Only a magnitude of the last
+  // finite bf16 or more can overflow, be infinite or NaN: weights take the short path.
   template <class L>
   ESFAST_FN typename L::u32 stochastic(typename L::f32 t, typename L::u32 random,
                                        uint32_t& saturated) {
     const auto bits = L::as_bits(t), magnitude = L::and_(bits, L::set(0x7FFFFFFFu));
-    const auto sign = L::and_(L::template shr<16>(bits), L::set(0x8000u));
-    auto rounded = L::template shr<16>(L::add(magnitude, random));
+    const auto rounded = upper<L>(L::add(bits, random));
+    const auto special = L::greater(magnitude, L::set(0x7F7EFFFFu));
+    return L::any(special) ? at_the_edge<L>(t, rounded, saturated) : rounded;
+  }
+
+ private:
+  template <class L>
+  ESFAST_FN typename L::u32 upper(typename L::u32 bits) {
+    return L::and_(bits, L::set(0xFFFF0000u));
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 at_the_edge(typename L::f32 t, typename L::u32 rounded,
+                                        uint32_t& saturated) {
+    const auto sign = L::and_(L::as_bits(t), L::set(0x80000000u));
+    const auto magnitude = L::and_(L::as_bits(t), L::set(0x7FFFFFFFu));
     const auto finite = L::greater(L::set(0x7F800000u), magnitude);
-    const auto over = L::both(finite, L::greater(rounded, L::set(0x7F7Fu)));
+    const auto beyond = L::greater(L::and_(rounded, L::set(0x7FFFFFFFu)), L::set(0x7F7F0000u));
+    const auto over = L::both(finite, beyond);
     saturated += L::count(over);
-    rounded = L::or_(L::select(over, L::set(0x7F7Fu), rounded), sign);
-    return L::select(finite, rounded, L::template shr<16>(canonical<L>(bits)));
+    const auto bounded = L::select(over, L::or_(sign, L::set(0x7F7F0000u)), rounded);
+    return L::select(finite, bounded, upper<L>(canonical<L>(t)));
   }
 };
 
@@ -81,12 +110,18 @@ struct Float16 {
   static constexpr int bytes = 2;
 
   template <class L>
-  ESFAST_FN typename L::u32 load(const void* p) {
-    return L::load16(p);
+  ESFAST_FN void load(const void* p, Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = L::load16(static_cast<const uint8_t*>(p) + 2 * L::width * j);
   }
   template <class L>
-  ESFAST_FN void store(void* p, typename L::u32 bits) {
-    L::store16(p, bits);
+  ESFAST_FN void store(void* p, const Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j)
+      L::store16(static_cast<uint8_t*>(p) + 2 * L::width * j, v[j]);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 stored_bits(const void* p) {
+    return L::load16(p);
   }
   template <class L>
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
@@ -94,7 +129,7 @@ struct Float16 {
   }
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
-    return L::to_half(L::as_float(canonical<L>(L::as_bits(t))));
+    return L::to_half(L::as_float(canonical<L>(t)));
   }
   // Of the 16 random bits a normal result uses the upper 13, the width of what is dropped. Below
   // 2^-14 the result counts units of 2^-24, so the value in units of 2^-40 takes all 16.

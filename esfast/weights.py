@@ -160,7 +160,8 @@ class Weights:
         coefficients: one a member, with alpha / N in them (Strategy.coefficients). decay: needs the
         anchor that Weights was made with, and alpha. rounding: "stochastic" (keyed by `seed`, the
         generation's) or "nearest"; fp32 bases are not rounded. Members of one update share one kind
-        of noise; neighbours with one seed are drawn once. An applied member is restored first.
+        of noise; neighbours with one seed are drawn once. No members: decay and rounding alone. An
+        applied member is restored first.
         """
         values = self._checked(members, coefficients)
         number, strength = self._decay(decay, alpha)
@@ -170,7 +171,7 @@ class Weights:
             raise ConfigError(f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1.")
         self.restore()
         saturated = self._core.update(
-            members[0].noise_number,
+            members[0].noise_number if members else 0,
             [member.spec for member in members],
             values.tolist(),
             number,
@@ -187,10 +188,10 @@ class Weights:
         self, members: Sequence[Member], coefficients: Sequence[float] | np.ndarray
     ) -> np.ndarray:
         values = np.asarray(coefficients, dtype=np.float64)
-        if values.shape != (len(members),) or not len(members):
+        if values.shape != (len(members),):
             raise ConfigError(
                 f"{len(members)} members and coefficients of shape {values.shape} were given; give "
-                "one coefficient a member, and at least one member."
+                "one coefficient a member."
             )
         if not np.isfinite(values.astype(np.float32)).all():
             raise ConfigError(

@@ -134,7 +134,7 @@ struct Exports {
         }
         if (call.decay != Decay::none)
           with_dtype(s.anchor_dtype, [&](auto anchor) {
-            widen_block<L, decltype(anchor)>(b.anchor, b.count, u.anchor);
+            widen_all<L, decltype(anchor)>(b.anchor, b.count, u.anchor);
           });
         saturated += update_all<L, decltype(live), decltype(base)>(b, acc, u, rule);
       });

@@ -18,7 +18,13 @@ namespace esfast::ESFAST_LANES {
 
 constexpr int kTile = 128;    // elements of one Rademacher counter; blocks start on a tile
 constexpr int kBlock = 2048;  // 16 tiles
-constexpr int kSlack = 256;   // a batch of counters may write past the block's end
+constexpr int kSlack = 256;   // the last batch of counters may write past the block's end
+
+template <class L>
+constexpr int kStep = L::vectors * L::width;  // weights handled together
+
+template <class L>
+constexpr uint32_t kAll = static_cast<uint32_t>((1ull << kStep<L>)-1);
 
 struct Buffers {
   alignas(64) float noise[kBlock + kSlack];
@@ -96,39 +102,58 @@ static inline void store_interleaved(float* out, typename L::f32 (&z)[4]) {
   for (int j = 0; j < 4; ++j) L::storef(out + j * L::width, L::as_float(v[j]));
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls f(Count<B>, first counter) for batches of B * L::width counters: the target's favourite B,
+// then smaller ones for the rest. Only the last may reach past `counters`, by less than a width.
+template <class L, class F>
+static inline void for_batches(int counters, F&& f) {
+  constexpr int W = L::width, B = L::batches;
+  int c = 0;
+  for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
+  if (B > 2 && c + 2 * W <= counters) {
+    f(Count<B == 3 ? 2 : 1>{}, c);
+    c += 2 * W;
+  }
+  for (; c < counters; c += W) f(Count<1>{}, c);
+}
+
 template <class L>
 static void philox_words(const Stream& s, uint32_t counter, int counters, uint32_t* out) {
-  constexpr int B = L::batches, W = L::width;
-  for (int c = 0; c < counters; c += B * W, out += 4 * B * W) {
+  for_batches<L>(counters, [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
     ESFAST_UNROLL
     for (int b = 0; b < B; ++b) {
       L::interleave(words[b]);
       ESFAST_UNROLL
-      for (int j = 0; j < 4; ++j) L::store(out + (4 * b + j) * W, words[b][j]);
+      for (int j = 0; j < 4; ++j) L::store(out + 4 * c + (4 * b + j) * L::width, words[b][j]);
     }
-  }
+  });
 }
 
 template <class L>
 static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out) {
-  constexpr int B = L::batches, W = L::width;
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for (int c = 0; c < tiles * (kTile / 4); c += B * W, out += 4 * B * W) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
     typename L::f32 z[B][4];
     gaussian<L, B>(s, counter + static_cast<uint32_t>(c), z);
     ESFAST_UNROLL
-    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * b * W, z[b]);
-  }
+    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), z[b]);
+  });
 }
 
 // acc = sum of c_n * eps_n in member order; the accumulators never leave the registers.
 template <class L>
 static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
-  constexpr int B = L::batches, W = L::width;
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for (int c = 0; c < tiles * (kTile / 4); c += B * W, out += 4 * B * W) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
     typename L::f32 acc[B][4], z[B][4];
     ESFAST_UNROLL
     for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
@@ -140,8 +165,8 @@ static void add_gaussian(const Stream* members, int count, uint64_t tile, int ti
         acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
     }
     ESFAST_UNROLL
-    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * b * W, acc[b]);
-  }
+    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
+  });
 }
 
 template <class L>
@@ -181,9 +206,9 @@ static void add_rademacher(const Stream* members, int count, uint64_t tile, int 
 
 template <class L>
 static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tiles, float* out) {
-  constexpr int B = L::batches, W = L::width;
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for (int c = 0; c < tiles * (kTile / 4); c += B * W, out += 4 * B * W) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
     ESFAST_UNROLL
@@ -191,18 +216,18 @@ static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tile
       typename L::f32 z[4];
       ESFAST_UNROLL
       for (int j = 0; j < 4; ++j) z[j] = hadamard<L>(words[b][j], row);
-      store_interleaved<L>(out + 4 * b * W, z);
+      store_interleaved<L>(out + 4 * (c + b * L::width), z);
     }
-  }
+  });
 }
 
 template <class L>
 static void add_hadamard(const Stream* groups, int count, const int32_t* tables, float scale,
                          uint64_t tile, int tiles, float* out) {
-  constexpr int B = L::batches, W = L::width, bits = L::table_bits;
-  constexpr int kEntries = ((32 + bits - 1) / bits) << bits;
+  constexpr int bits = L::table_bits, kEntries = ((32 + bits - 1) / bits) << bits;
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for (int c = 0; c < tiles * (kTile / 4); c += B * W, out += 4 * B * W) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
     typename L::u32 sum[B][4], words[B][4];
     ESFAST_UNROLL
     for (int b = 0; b < 4 * B; ++b) sum[b / 4][b % 4] = L::set(0);
@@ -218,9 +243,9 @@ static void add_hadamard(const Stream* groups, int count, const int32_t* tables,
       typename L::f32 acc[4];
       ESFAST_UNROLL
       for (int j = 0; j < 4; ++j) acc[j] = L::mulf(L::from_int(sum[b][j]), L::setf(scale));
-      store_interleaved<L>(out + 4 * b * W, acc);
+      store_interleaved<L>(out + 4 * (c + b * L::width), acc);
     }
-  }
+  });
 }
 
 // Counter word 1 of a block: the blocks of the four noises hold 4, 128, 4 and 8 elements.
@@ -272,28 +297,37 @@ static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Blo
 
 template <class L, class Live, class Base>
 static void perturb_block(const Block& b, const float* noise, float scale) {
-  for (int i = 0; i < b.count; i += L::width) {
-    const auto eps = L::loadf(noise + i);
-    const auto v = L::fma(eps, L::setf(scale),
-                          Base::template widen<L>(Base::template load<L>(b.base + i * Base::bytes)));
-    Live::template store<L>(b.live + i * Live::bytes, Live::template nearest<L>(v));
+  for (int i = 0; i < b.count; i += kStep<L>) {
+    Weights<L> base, live;
+    Base::template load<L>(b.base + i * Base::bytes, base);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      live[j] = perturb<L, Live, Base>(base[j], L::loadf(noise + i + j * L::width), scale);
+    Live::template store<L>(b.live + i * Live::bytes, live);
   }
 }
 
-// One group of up to 64: mask first, then the packed exceptions.
+// One group of up to 64: the mask of its exceptions, then the exceptions themselves.
 template <class L, class T>
 static uint8_t* perturb_group(uint8_t* live, const float* noise, int count, float scale,
                               uint8_t* record) {
-  constexpr uint32_t kAll = static_cast<uint32_t>((1ull << L::width) - 1);
   uint64_t marks = 0;
   uint8_t* to = record + 8;
-  for (int i = 0; i < count; i += L::width) {
-    const auto eps = L::loadf(noise + i);
-    const auto old = T::template load<L>(live + i * T::bytes);
-    const auto now = perturb<L, T>(old, eps, scale);
-    const uint32_t mark = kAll & ~L::bits_of(L::equal(perturb<L, T>(now, eps, -scale), old));
-    to = L::template pack<T::bytes>(to, mark, old);
-    T::template store<L>(live + i * T::bytes, now);
+  for (int i = 0; i < count; i += kStep<L>) {
+    uint8_t* at = live + i * T::bytes;
+    uint32_t same = 0;
+    Weights<L> old, now;
+    T::template load<L>(at, old);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) {
+      const auto eps = L::loadf(noise + i + j * L::width);
+      now[j] = perturb<L, T, T>(old[j], eps, scale);
+      const auto back = perturb<L, T, T>(now[j], eps, -scale);
+      same |= L::bits_of(L::equal(back, old[j])) << (j * L::width);
+    }
+    const uint32_t mark = kAll<L> & ~same;
+    to = L::template compress<T::bytes>(to, mark, at);
+    T::template store<L>(at, now);
     marks |= static_cast<uint64_t>(mark) << i;
   }
   memcpy(record, &marks, 8);
@@ -303,27 +337,36 @@ static uint8_t* perturb_group(uint8_t* live, const float* noise, int count, floa
 template <class L, class T>
 static const uint8_t* restore_group(uint8_t* live, const float* noise, int count, float scale,
                                     const uint8_t* record) {
-  constexpr uint32_t kAll = static_cast<uint32_t>((1ull << L::width) - 1);
   uint64_t marks;
   memcpy(&marks, record, 8);
   const uint8_t* from = record + 8;
-  for (int i = 0; i < count; i += L::width) {
-    const auto now = T::template load<L>(live + i * T::bytes);
-    const auto back = perturb<L, T>(now, L::loadf(noise + i), -scale);
-    const uint32_t mark = static_cast<uint32_t>(marks >> i) & kAll;
-    T::template store<L>(live + i * T::bytes, L::template unpack<T::bytes>(from, mark, back));
+  for (int i = 0; i < count; i += kStep<L>) {
+    uint8_t* at = live + i * T::bytes;
+    Weights<L> v;
+    T::template load<L>(at, v);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = perturb<L, T, T>(v[j], L::loadf(noise + i + j * L::width), -scale);
+    T::template store<L>(at, v);
+    from = L::template expand<T::bytes>(at, static_cast<uint32_t>(marks >> i) & kAll<L>, from);
   }
   return from;
 }
 
-// Vectors cover a multiple of the width; the scalar lane type takes what is left.
+// Splits a block into what full steps cover and a tail for the scalar lane type.
 template <class L, class Live, class Base>
-static void perturb_all(const Block& b, const float* noise, float scale) {
-  Block head = b, tail = b;
-  head.count = b.count / L::width * L::width;
+static void split_block(const Block& b, Block& head, Block& tail) {
+  head = tail = b;
+  head.count = b.count / kStep<L> * kStep<L>;
   tail.count = b.count - head.count;
   tail.live += head.count * Live::bytes;
   tail.base += head.count * Base::bytes;
+}
+
+template <class L, class Live, class Base>
+static void perturb_all(const Block& b, const float* noise, float scale) {
+  Block head, tail;
+  split_block<L, Live, Base>(b, head, tail);
   perturb_block<L, Live, Base>(head, noise, scale);
   perturb_block<Scalar, Live, Base>(tail, noise + head.count, scale);
 }
@@ -349,6 +392,18 @@ static const uint8_t* restore_recorded(const Block& b, const float* noise, float
   return from;
 }
 
+template <class L, class Live, class Base>
+static void copy_block(const Block& b) {
+  for (int i = 0; i < b.count; i += kStep<L>) {
+    Weights<L> v;
+    Base::template load<L>(b.base + i * Base::bytes, v);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = Live::template nearest<L>(Base::template widen<L>(v[j]));
+    Live::template store<L>(b.live + i * Live::bytes, v);
+  }
+}
+
 // live = round(base): the bits themselves where the dtypes agree.
 template <class L, class Live, class Base>
 static void copy_all(const Block& b) {
@@ -356,15 +411,10 @@ static void copy_all(const Block& b) {
     memcpy(b.live, b.base, static_cast<size_t>(b.count * Live::bytes));
     return;
   }
-  int i = 0;
-  for (; i + L::width <= b.count; i += L::width)
-    Live::template store<L>(b.live + i * Live::bytes,
-                            Live::template nearest<L>(Base::template widen<L>(
-                                Base::template load<L>(b.base + i * Base::bytes))));
-  for (; i < b.count; ++i)
-    Live::template store<Scalar>(b.live + i * Live::bytes,
-                                 Live::template nearest<Scalar>(Base::template widen<Scalar>(
-                                     Base::template load<Scalar>(b.base + i * Base::bytes))));
+  Block head, tail;
+  split_block<L, Live, Base>(b, head, tail);
+  copy_block<L, Live, Base>(head);
+  copy_block<Scalar, Live, Base>(tail);
 }
 
 template <class L, class Live, class Base>
@@ -372,14 +422,18 @@ static uint32_t update_block(const Block& b, const float* acc, const float* anch
                              const uint16_t* random, const Rule& rule) {
   uint32_t saturated = 0;
   const bool mirrored = b.base != b.live;
-  for (int i = 0; i < b.count; i += L::width) {
-    const auto weight = Base::template widen<L>(Base::template load<L>(b.base + i * Base::bytes));
-    const auto now = update<L, Base>(weight, L::loadf(acc + i), L::loadf(anchor + i),
-                                     L::load16(random + i), rule, saturated);
-    Base::template store<L>(b.base + i * Base::bytes, now);
-    if (mirrored)
-      Live::template store<L>(b.live + i * Live::bytes,
-                              Live::template nearest<L>(Base::template widen<L>(now)));
+  for (int i = 0; i < b.count; i += kStep<L>) {
+    Weights<L> v, live;
+    Base::template load<L>(b.base + i * Base::bytes, v);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) {
+      const int at = i + j * L::width;
+      v[j] = update<L, Base>(Base::template widen<L>(v[j]), L::loadf(acc + at),
+                             L::loadf(anchor + at), L::load16(random + at), rule, saturated);
+      live[j] = Live::template nearest<L>(Base::template widen<L>(v[j]));
+    }
+    Base::template store<L>(b.base + i * Base::bytes, v);
+    if (mirrored) Live::template store<L>(b.live + i * Live::bytes, live);
   }
   return saturated;
 }
@@ -387,23 +441,30 @@ static uint32_t update_block(const Block& b, const float* acc, const float* anch
 template <class L, class Live, class Base>
 static uint32_t update_all(const Block& b, const float* acc, const Buffers& u, const Rule& rule) {
   const uint16_t* random = reinterpret_cast<const uint16_t*>(u.random) + b.lead();
-  const int n = b.count / L::width * L::width;
-  Block head = b, tail = b;
-  head.count = n;
-  tail.count = b.count - n;
-  tail.live += n * Live::bytes;
-  tail.base += n * Base::bytes;
+  Block head, tail;
+  split_block<L, Live, Base>(b, head, tail);
+  const int n = head.count;
   return update_block<L, Live, Base>(head, acc, u.anchor, random, rule) +
          update_block<Scalar, Live, Base>(tail, acc + n, u.anchor + n, random + n, rule);
 }
 
 template <class L, class T>
-static void widen_block(const uint8_t* from, int count, float* out) {
+static int widen_block(const uint8_t* from, int count, float* out) {
   int i = 0;
-  for (; i + L::width <= count; i += L::width)
-    L::storef(out + i, T::template widen<L>(T::template load<L>(from + i * T::bytes)));
-  for (; i < count; ++i)
-    out[i] = T::template widen<Scalar>(T::template load<Scalar>(from + i * T::bytes));
+  for (; i + kStep<L> <= count; i += kStep<L>) {
+    Weights<L> v;
+    T::template load<L>(from + i * T::bytes, v);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      L::storef(out + i + j * L::width, T::template widen<L>(v[j]));
+  }
+  return i;
+}
+
+template <class L, class T>
+static void widen_all(const uint8_t* from, int count, float* out) {
+  const int n = widen_block<L, T>(from, count, out);
+  widen_block<Scalar, T>(from + n * T::bytes, count - n, out + n);
 }
 
 template <class L, class T>
@@ -413,7 +474,7 @@ static typename L::sum64 hash_block(typename L::sum64 sum, uint32_t key, uint32_
   for (int j = 0; j < L::width; ++j) lanes[j] = index + static_cast<uint32_t>(j);
   typename L::u32 indices = L::load(lanes);
   for (int i = 0; i + L::width <= count; i += L::width) {
-    const auto bits = T::template load<L>(live + i * T::bytes);
+    const auto bits = T::template stored_bits<L>(live + i * T::bytes);
     sum = hash<L>(sum, key, L::spread(indices), L::spread(bits));
     indices = L::add(indices, L::set(L::width));
   }

@@ -12,7 +12,9 @@ namespace esfast::ESFAST_LANES {
 
 struct Avx2 {
   static constexpr int width = 8;
-  static constexpr int batches = 1;
+  static constexpr int vectors = 2;
+  static constexpr int batches = 3;
+  static constexpr int pairs = 2;
   static constexpr int table_bits = 3;
 
   using u32 = __m256i;
@@ -21,6 +23,7 @@ struct Avx2 {
     __m256i even, odd;
   };
   using product = wide;
+  using key = __m256i;
   using mask = __m256i;
   using sum64 = __m256i;
 
@@ -37,23 +40,21 @@ struct Avx2 {
   }
   ESFAST_FN wide low(product p) { return p; }
   ESFAST_FN wide high(product p) { return {shift_down(p.even), shift_down(p.odd)}; }
-  ESFAST_FN wide mix(wide a, uint32_t key) {
-    const __m256i k = set(key);
+  ESFAST_FN key make_key(uint32_t a) { return set(a); }
+  ESFAST_FN wide mix(wide a, key k) {
     return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
   }
-  ESFAST_FN wide mix(wide a, wide b, uint32_t key) {
-    const wide keyed = mix(b, key);  // off the multiply's critical path
+  ESFAST_FN wide mix(wide a, wide b, key k) {
+    const wide keyed = mix(b, k);  // off the multiply's critical path
     return {_mm256_xor_si256(a.even, keyed.even), _mm256_xor_si256(a.odd, keyed.odd)};
   }
-  ESFAST_FN u32 narrow(wide a) {
-    return _mm256_blend_epi32(a.even, _mm256_castps_si256(_mm256_moveldup_ps(ps(a.odd))), 0xAA);
-  }
   ESFAST_FN u32 narrow_low(product p) { return narrow(p); }
-  ESFAST_FN u32 narrow_high(product p) {
-    return _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA);
+  ESFAST_FN u32 narrow_high(product p, wide b, key k) {  // high(p) ^ b ^ k
+    const __m256i high = _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA);
+    return _mm256_xor_si256(high, _mm256_xor_si256(narrow(b), k));
   }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
-    const wide keyed = mix(y, key);
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
+    const wide keyed = mix(y, k);
     const __m256i even = _mm256_xor_si256(p.even, _mm256_slli_epi64(keyed.even, 32));
     const __m256i odd = _mm256_xor_si256(p.odd, _mm256_slli_epi64(keyed.odd, 32));
     return _mm256_add_epi64(sum, _mm256_add_epi64(even, odd));
@@ -78,6 +79,15 @@ struct Avx2 {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
   ESFAST_FN void store32(void* p, u32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+  ESFAST_FN void load_high(const void* p, u32 (&v)[2]) {
+    v[0] = _mm256_slli_epi32(load16(p), 16);
+    v[1] = _mm256_slli_epi32(load16(static_cast<const char*>(p) + 16), 16);
+  }
+  ESFAST_FN void store_high(void* p, const u32 (&v)[2]) {
+    const __m256i packed =
+        _mm256_packus_epi32(_mm256_srli_epi32(v[0], 16), _mm256_srli_epi32(v[1], 16));
+    store32(p, _mm256_permute4x64_epi64(packed, 0xD8));
+  }
   ESFAST_FN u32 and_(u32 a, u32 b) { return _mm256_and_si256(a, b); }
   ESFAST_FN u32 or_(u32 a, u32 b) { return _mm256_or_si256(a, b); }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return _mm256_xor_si256(a, b); }
@@ -112,6 +122,7 @@ struct Avx2 {
   ESFAST_FN mask greater(u32 a, u32 b) { return _mm256_cmpgt_epi32(a, b); }
   ESFAST_FN u32 select(mask m, u32 a, u32 b) { return _mm256_blendv_epi8(b, a, m); }
   ESFAST_FN mask both(mask a, mask b) { return _mm256_and_si256(a, b); }
+  ESFAST_FN bool any(mask m) { return !_mm256_testz_si256(m, m); }
   ESFAST_FN uint32_t count(mask m) { return static_cast<uint32_t>(__builtin_popcount(bits_of(m))); }
   ESFAST_FN uint32_t bits_of(mask m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
@@ -120,11 +131,13 @@ struct Avx2 {
   ESFAST_FN f32 as_float(u32 a) { return _mm256_castsi256_ps(a); }
   ESFAST_FN u32 as_bits(f32 f) { return _mm256_castps_si256(f); }
   ESFAST_FN f32 setf(float a) { return _mm256_set1_ps(a); }
+  ESFAST_FN f32 make_constant(float a) { return setf(a); }
   ESFAST_FN f32 loadf(const float* p) { return _mm256_loadu_ps(p); }
   ESFAST_FN void storef(float* p, f32 a) { _mm256_storeu_ps(p, a); }
   ESFAST_FN f32 from_int(u32 a) { return _mm256_cvtepi32_ps(a); }
   ESFAST_FN u32 truncate(f32 a) { return _mm256_cvttps_epi32(a); }
   ESFAST_FN mask less(f32 a, f32 b) { return as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  ESFAST_FN mask is_nan(f32 a) { return as_bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   ESFAST_FN f32 addf(f32 a, f32 b) { return _mm256_add_ps(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
   ESFAST_FN f32 mulf(f32 a, f32 b) { return _mm256_mul_ps(a, b); }
@@ -147,26 +160,22 @@ struct Avx2 {
   }
 
   template <int bytes>
-  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
-    uint32_t lanes[8];
-    store32(lanes, a);
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
     for (; marked; marked &= marked - 1, to += bytes)
-      memcpy(to, &lanes[__builtin_ctz(marked)], bytes);
+      memcpy(to, from + bytes * __builtin_ctz(marked), bytes);
     return to;
   }
   template <int bytes>
-  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
-    uint32_t lanes[8];
-    store32(lanes, a);
-    for (; marked; marked &= marked - 1, from += bytes) {
-      uint32_t& lane = lanes[__builtin_ctz(marked)];
-      lane = 0;
-      memcpy(&lane, from, bytes);
-    }
-    return load32(lanes);
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    for (; marked; marked &= marked - 1, from += bytes)
+      memcpy(to + bytes * __builtin_ctz(marked), from, bytes);
+    return from;
   }
 
  private:
+  ESFAST_FN u32 narrow(wide a) {
+    return _mm256_blend_epi32(a.even, _mm256_castps_si256(_mm256_moveldup_ps(ps(a.odd))), 0xAA);
+  }
   ESFAST_FN __m256 ps(__m256i a) { return _mm256_castsi256_ps(a); }
   ESFAST_FN __m256i shift_down(__m256i a) { return _mm256_castps_si256(_mm256_movehdup_ps(ps(a))); }
   ESFAST_FN __m128i low_halves(__m256i a) {  // every lane holds less than 2^16

@@ -15,7 +15,9 @@ namespace esfast::ESFAST_LANES {
 
 struct Avx512 {
   static constexpr int width = 16;
-  static constexpr int batches = 2;
+  static constexpr int vectors = 2;
+  static constexpr int batches = 3;
+  static constexpr int pairs = 6;
   static constexpr int table_bits = 4;
 
   using u32 = __m512i;
@@ -24,6 +26,7 @@ struct Avx512 {
     __m512i even, odd;
   };
   using product = wide;
+  using key = __m512i;
   using mask = __mmask16;
   using sum64 = __m512i;
 
@@ -41,24 +44,27 @@ struct Avx512 {
   }
   ESFAST_FN wide low(product p) { return p; }
   ESFAST_FN wide high(product p) { return {shift_down(p.even), shift_down(p.odd)}; }
-  ESFAST_FN wide mix(wide a, uint32_t key) {
-    const __m512i k = set(key);
+  // Kept in a register: left to itself the compiler broadcasts it from memory at every use, and two
+  // loads a cycle become the limit.
+  ESFAST_FN key make_key(uint32_t a) {
+    __m512i k = set(a);
+    asm("" : "+v"(k));
+    return k;
+  }
+  ESFAST_FN wide mix(wide a, key k) {
     return {_mm512_xor_si512(a.even, k), _mm512_xor_si512(a.odd, k)};
   }
-  ESFAST_FN wide mix(wide a, wide b, uint32_t key) {
-    const __m512i k = set(key);
+  ESFAST_FN wide mix(wide a, wide b, key k) {
     return {_mm512_ternarylogic_epi32(a.even, b.even, k, 0x96),
             _mm512_ternarylogic_epi32(a.odd, b.odd, k, 0x96)};
   }
-  ESFAST_FN u32 narrow(wide a) {
-    return _mm512_castps_si512(_mm512_mask_moveldup_ps(ps(a.even), 0xAAAA, ps(a.odd)));
-  }
   ESFAST_FN u32 narrow_low(product p) { return narrow(p); }
-  ESFAST_FN u32 narrow_high(product p) {
-    return _mm512_castps_si512(_mm512_mask_movehdup_ps(ps(p.odd), 0x5555, ps(p.even)));
+  ESFAST_FN u32 narrow_high(product p, wide b, key k) {  // high(p) ^ b ^ k
+    const __m512 high = _mm512_mask_movehdup_ps(ps(p.odd), 0x5555, ps(p.even));
+    return _mm512_ternarylogic_epi32(_mm512_castps_si512(high), narrow(b), k, 0x96);
   }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
-    const wide keyed = mix(y, key);
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
+    const wide keyed = mix(y, k);
     const __m512i even = _mm512_xor_si512(p.even, _mm512_slli_epi64(keyed.even, 32));
     const __m512i odd = _mm512_xor_si512(p.odd, _mm512_slli_epi64(keyed.odd, 32));
     return _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
@@ -79,6 +85,14 @@ struct Avx512 {
   }
   ESFAST_FN u32 load32(const void* p) { return _mm512_loadu_si512(p); }
   ESFAST_FN void store32(void* p, u32 a) { _mm512_storeu_si512(p, a); }
+  ESFAST_FN void load_high(const void* p, u32 (&v)[2]) {
+    const __m512i raw = _mm512_loadu_si512(p), pairs = word_pairs();
+    v[0] = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, pairs, raw);
+    v[1] = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_add_epi16(pairs, sixteen()), raw);
+  }
+  ESFAST_FN void store_high(void* p, const u32 (&v)[2]) {
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(v[0], odd_words(), v[1]));
+  }
   ESFAST_FN u32 and_(u32 a, u32 b) { return _mm512_and_si512(a, b); }
   ESFAST_FN u32 or_(u32 a, u32 b) { return _mm512_or_si512(a, b); }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return _mm512_xor_si512(a, b); }
@@ -103,17 +117,24 @@ struct Avx512 {
   ESFAST_FN mask greater(u32 a, u32 b) { return _mm512_cmpgt_epi32_mask(a, b); }
   ESFAST_FN u32 select(mask m, u32 a, u32 b) { return _mm512_mask_blend_epi32(m, b, a); }
   ESFAST_FN mask both(mask a, mask b) { return a & b; }
+  ESFAST_FN bool any(mask m) { return m != 0; }
   ESFAST_FN uint32_t count(mask m) { return static_cast<uint32_t>(__builtin_popcount(m)); }
   ESFAST_FN uint32_t bits_of(mask m) { return m; }
 
   ESFAST_FN f32 as_float(u32 a) { return _mm512_castsi512_ps(a); }
   ESFAST_FN u32 as_bits(f32 f) { return _mm512_castps_si512(f); }
   ESFAST_FN f32 setf(float a) { return _mm512_set1_ps(a); }
+  ESFAST_FN f32 make_constant(float a) {
+    __m512 c = setf(a);
+    asm("" : "+v"(c));  // as make_key
+    return c;
+  }
   ESFAST_FN f32 loadf(const float* p) { return _mm512_loadu_ps(p); }
   ESFAST_FN void storef(float* p, f32 a) { _mm512_storeu_ps(p, a); }
   ESFAST_FN f32 from_int(u32 a) { return _mm512_cvtepi32_ps(a); }
   ESFAST_FN u32 truncate(f32 a) { return _mm512_cvttps_epi32(a); }
   ESFAST_FN mask less(f32 a, f32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  ESFAST_FN mask is_nan(f32 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
   ESFAST_FN f32 addf(f32 a, f32 b) { return _mm512_add_ps(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
   ESFAST_FN f32 mulf(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
@@ -135,24 +156,52 @@ struct Avx512 {
     z[3] = _mm512_unpackhi_epi64(b, d);
   }
 
-  // Writes a whole register, advances by the marked lanes: the caller keeps 64 bytes of slack.
+  // Whole registers of 64 bytes: the caller keeps as much slack at both ends of a record.
   template <int bytes>
-  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
-    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(marked), a);
-    if (bytes == 2)
-      store16(to, packed);
-    else
-      store32(to, packed);
-    return to + bytes * __builtin_popcount(marked);
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    if (bytes == 2) {
+      const __m512i old = _mm512_loadu_si512(from);
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(marked, old));
+      return to + 2 * __builtin_popcount(marked);
+    }
+    for (int half = 0; half < 2; ++half, from += 64, marked >>= 16) {
+      const __mmask16 mask = static_cast<__mmask16>(marked);
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(from)));
+      to += 4 * __builtin_popcount(mask);
+    }
+    return to;
   }
   template <int bytes>
-  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
-    const __m512i packed = bytes == 2 ? load16(from) : load32(from);
-    from += bytes * __builtin_popcount(marked);
-    return _mm512_mask_expand_epi32(a, static_cast<__mmask16>(marked), packed);
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    if (bytes == 2) {
+      const __m512i now = _mm512_loadu_si512(to), kept = _mm512_loadu_si512(from);
+      _mm512_storeu_si512(to, _mm512_mask_expand_epi16(now, marked, kept));
+      return from + 2 * __builtin_popcount(marked);
+    }
+    for (int half = 0; half < 2; ++half, to += 64, marked >>= 16) {
+      const __mmask16 mask = static_cast<__mmask16>(marked);
+      const __m512i now = _mm512_loadu_si512(to), kept = _mm512_loadu_si512(from);
+      _mm512_storeu_si512(to, _mm512_mask_expand_epi32(now, mask, kept));
+      from += 4 * __builtin_popcount(mask);
+    }
+    return from;
   }
 
  private:
+  // Words 0, 0, 1, 1, .. 15, 15: each of 16 words into both halves of a lane.
+  ESFAST_FN __m512i word_pairs() {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16));
+  }
+  ESFAST_FN __m512i sixteen() { return _mm512_set1_epi16(16); }
+  // Words 1, 3, .. 63 of two registers: the upper halves of 32 lanes.
+  ESFAST_FN __m512i odd_words() {
+    const __m512i step = _mm512_slli_epi32(_mm512_and_si512(word_pairs(), set(0xFFFF)), 2);
+    return _mm512_add_epi16(_mm512_or_si512(step, _mm512_slli_epi32(step, 16)), set(0x00030001));
+  }
+  ESFAST_FN u32 narrow(wide a) {
+    return _mm512_castps_si512(_mm512_mask_moveldup_ps(ps(a.even), 0xAAAA, ps(a.odd)));
+  }
   ESFAST_FN __m512 ps(__m512i a) { return _mm512_castsi512_ps(a); }
   ESFAST_FN __m512i shift_down(__m512i a) { return _mm512_castps_si512(_mm512_movehdup_ps(ps(a))); }
 };

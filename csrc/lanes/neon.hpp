@@ -13,7 +13,9 @@ namespace esfast::ESFAST_LANES {
 
 struct Neon {
   static constexpr int width = 4;
+  static constexpr int vectors = 2;
   static constexpr int batches = 2;
+  static constexpr int pairs = 2;
   static constexpr int table_bits = 4;
 
   using u32 = uint32x4_t;
@@ -22,6 +24,7 @@ struct Neon {
   struct product {
     uint32x4_t first, second;  // the 64-bit products of lanes 0, 1 and of lanes 2, 3
   };
+  using key = uint32x4_t;
   using mask = uint32x4_t;
   using sum64 = uint64x2_t;
 
@@ -37,15 +40,13 @@ struct Neon {
   }
   ESFAST_FN wide low(product p) { return vuzp1q_u32(p.first, p.second); }
   ESFAST_FN wide high(product p) { return vuzp2q_u32(p.first, p.second); }
-  ESFAST_FN wide mix(wide a, uint32_t key) { return veorq_u32(a, vdupq_n_u32(key)); }
-  ESFAST_FN wide mix(wide a, wide b, uint32_t key) {
-    return veorq_u32(a, veorq_u32(b, vdupq_n_u32(key)));
-  }
-  ESFAST_FN u32 narrow(wide a) { return a; }
+  ESFAST_FN key make_key(uint32_t a) { return vdupq_n_u32(a); }
+  ESFAST_FN wide mix(wide a, key k) { return veorq_u32(a, k); }
+  ESFAST_FN wide mix(wide a, wide b, key k) { return veorq_u32(a, veorq_u32(b, k)); }
   ESFAST_FN u32 narrow_low(product p) { return low(p); }
-  ESFAST_FN u32 narrow_high(product p) { return high(p); }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
-    const uint32x4_t keyed = mix(y, key), zero = vdupq_n_u32(0);
+  ESFAST_FN u32 narrow_high(product p, wide b, key k) { return mix(high(p), b, k); }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
+    const uint32x4_t keyed = mix(y, k), zero = vdupq_n_u32(0);
     const uint32x4_t first = veorq_u32(p.first, vzip1q_u32(zero, keyed));
     const uint32x4_t second = veorq_u32(p.second, vzip2q_u32(zero, keyed));
     return vaddq_u64(sum, vaddq_u64(vreinterpretq_u64_u32(first), vreinterpretq_u64_u32(second)));
@@ -68,6 +69,15 @@ struct Neon {
   }
   ESFAST_FN void store32(void* p, u32 a) {
     vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u32(a));
+  }
+  ESFAST_FN void load_high(const void* p, u32 (&v)[2]) {
+    const uint16x8_t raw = vreinterpretq_u16_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
+    v[0] = vshll_n_u16(vget_low_u16(raw), 16);
+    v[1] = vshll_high_n_u16(raw, 16);
+  }
+  ESFAST_FN void store_high(void* p, const u32 (&v)[2]) {
+    const uint16x8_t odd = vuzp2q_u16(vreinterpretq_u16_u32(v[0]), vreinterpretq_u16_u32(v[1]));
+    vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u16(odd));
   }
   ESFAST_FN u32 and_(u32 a, u32 b) { return vandq_u32(a, b); }
   ESFAST_FN u32 or_(u32 a, u32 b) { return vorrq_u32(a, b); }
@@ -103,6 +113,7 @@ struct Neon {
   }
   ESFAST_FN u32 select(mask m, u32 a, u32 b) { return vbslq_u32(m, a, b); }
   ESFAST_FN mask both(mask a, mask b) { return vandq_u32(a, b); }
+  ESFAST_FN bool any(mask m) { return vmaxvq_u32(m) != 0; }
   ESFAST_FN uint32_t count(mask m) { return vaddvq_u32(vshrq_n_u32(m, 31)); }
   ESFAST_FN uint32_t bits_of(mask m) {
     const uint32_t weights[4] = {1, 2, 4, 8};
@@ -112,11 +123,13 @@ struct Neon {
   ESFAST_FN f32 as_float(u32 a) { return vreinterpretq_f32_u32(a); }
   ESFAST_FN u32 as_bits(f32 f) { return vreinterpretq_u32_f32(f); }
   ESFAST_FN f32 setf(float a) { return vdupq_n_f32(a); }
+  ESFAST_FN f32 make_constant(float a) { return setf(a); }
   ESFAST_FN f32 loadf(const float* p) { return vld1q_f32(p); }
   ESFAST_FN void storef(float* p, f32 a) { vst1q_f32(p, a); }
   ESFAST_FN f32 from_int(u32 a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
   ESFAST_FN u32 truncate(f32 a) { return vreinterpretq_u32_s32(vcvtq_s32_f32(a)); }
   ESFAST_FN mask less(f32 a, f32 b) { return vcltq_f32(a, b); }
+  ESFAST_FN mask is_nan(f32 a) { return vmvnq_u32(vceqq_f32(a, a)); }
   ESFAST_FN f32 addf(f32 a, f32 b) { return vaddq_f32(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return vsubq_f32(a, b); }
   ESFAST_FN f32 mulf(f32 a, f32 b) { return vmulq_f32(a, b); }
@@ -136,23 +149,16 @@ struct Neon {
   }
 
   template <int bytes>
-  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
-    uint32_t lanes[4];
-    vst1q_u32(lanes, a);
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
     for (; marked; marked &= marked - 1, to += bytes)
-      memcpy(to, &lanes[__builtin_ctz(marked)], bytes);
+      memcpy(to, from + bytes * __builtin_ctz(marked), bytes);
     return to;
   }
   template <int bytes>
-  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
-    uint32_t lanes[4];
-    vst1q_u32(lanes, a);
-    for (; marked; marked &= marked - 1, from += bytes) {
-      uint32_t& lane = lanes[__builtin_ctz(marked)];
-      lane = 0;
-      memcpy(&lane, from, bytes);
-    }
-    return vld1q_u32(lanes);
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    for (; marked; marked &= marked - 1, from += bytes)
+      memcpy(to + bytes * __builtin_ctz(marked), from, bytes);
+    return from;
   }
 
  private:

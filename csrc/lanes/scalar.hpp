@@ -18,13 +18,16 @@ namespace esfast::ESFAST_LANES {
 
 struct Scalar {
   static constexpr int width = 1;
-  static constexpr int batches = 1;  // independent batches of counters in flight
+  static constexpr int vectors = 1;  // of weights loaded, rounded and stored together
+  static constexpr int batches = 1;  // of counters in flight: one alone waits for its multiplies
+  static constexpr int pairs = 1;  // of normals computed in step
   static constexpr int table_bits = 8;
 
   using u32 = uint32_t;
   using f32 = float;
   using wide = uint32_t;
   using product = uint64_t;
+  using key = uint32_t;
   using mask = bool;
   using sum64 = uint64_t;
 
@@ -36,13 +39,13 @@ struct Scalar {
   }
   ESFAST_FN wide low(product p) { return static_cast<uint32_t>(p); }
   ESFAST_FN wide high(product p) { return static_cast<uint32_t>(p >> 32); }
-  ESFAST_FN wide mix(wide a, uint32_t key) { return a ^ key; }
-  ESFAST_FN wide mix(wide a, wide b, uint32_t key) { return a ^ b ^ key; }
-  ESFAST_FN u32 narrow(wide a) { return a; }
+  ESFAST_FN key make_key(uint32_t a) { return a; }
+  ESFAST_FN wide mix(wide a, key k) { return a ^ k; }
+  ESFAST_FN wide mix(wide a, wide b, key k) { return a ^ b ^ k; }
   ESFAST_FN u32 narrow_low(product p) { return low(p); }
-  ESFAST_FN u32 narrow_high(product p) { return high(p); }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, uint32_t key) {
-    return sum + (p ^ (static_cast<uint64_t>(y ^ key) << 32));
+  ESFAST_FN u32 narrow_high(product p, wide b, key k) { return high(p) ^ b ^ k; }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
+    return sum + (p ^ (static_cast<uint64_t>(y ^ k) << 32));
   }
   ESFAST_FN sum64 zero64() { return 0; }
   ESFAST_FN uint64_t reduce64(sum64 sum) { return sum; }
@@ -66,6 +69,9 @@ struct Scalar {
     return a;
   }
   ESFAST_FN void store32(void* p, u32 a) { memcpy(p, &a, 4); }
+  // 16-bit values in the upper halves of the lanes of `vectors` vectors.
+  ESFAST_FN void load_high(const void* p, u32 (&v)[1]) { v[0] = load16(p) << 16; }
+  ESFAST_FN void store_high(void* p, const u32 (&v)[1]) { store16(p, v[0] >> 16); }
   ESFAST_FN u32 and_(u32 a, u32 b) { return a & b; }
   ESFAST_FN u32 or_(u32 a, u32 b) { return a | b; }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return a ^ b; }
@@ -99,6 +105,7 @@ struct Scalar {
   }
   ESFAST_FN u32 select(mask m, u32 a, u32 b) { return m ? a : b; }
   ESFAST_FN mask both(mask a, mask b) { return a && b; }
+  ESFAST_FN bool any(mask m) { return m; }
   ESFAST_FN uint32_t count(mask m) { return m ? 1u : 0u; }
   ESFAST_FN uint32_t bits_of(mask m) { return m ? 1u : 0u; }
 
@@ -114,11 +121,13 @@ struct Scalar {
     return a;
   }
   ESFAST_FN f32 setf(float a) { return a; }
+  ESFAST_FN f32 make_constant(float a) { return a; }
   ESFAST_FN f32 loadf(const float* p) { return *p; }
   ESFAST_FN void storef(float* p, f32 a) { *p = a; }
   ESFAST_FN f32 from_int(u32 a) { return static_cast<float>(static_cast<int32_t>(a)); }
   ESFAST_FN u32 truncate(f32 a) { return static_cast<uint32_t>(static_cast<int32_t>(a)); }
   ESFAST_FN mask less(f32 a, f32 b) { return a < b; }
+  ESFAST_FN mask is_nan(f32 a) { return a != a; }
 #if defined(__CUDA_ARCH__)
   ESFAST_FN f32 addf(f32 a, f32 b) { return __fadd_rn(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return __fsub_rn(a, b); }
@@ -151,20 +160,16 @@ struct Scalar {
 
   ESFAST_FN void interleave(u32 (&)[4]) {}
 
-  // Exceptions of lean memory: the marked lanes of `a`, packed at `to` in `bytes` a value.
+  // Exceptions of lean memory: the marked ones of the vectors' elements at `from`, packed at `to`.
   template <int bytes>
-  ESFAST_FN uint8_t* pack(uint8_t* to, uint32_t marked, u32 a) {
-    if (marked) memcpy(to, &a, bytes);
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    if (marked) memcpy(to, from, bytes);
     return to + (marked ? bytes : 0);
   }
   template <int bytes>
-  ESFAST_FN u32 unpack(const uint8_t*& from, uint32_t marked, u32 a) {
-    if (marked) {
-      a = 0;
-      memcpy(&a, from, bytes);
-      from += bytes;
-    }
-    return a;
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    if (marked) memcpy(to, from, bytes);
+    return from + (marked ? bytes : 0);
   }
 };
 
