@@ -1,0 +1,138 @@
+"""Model folders as Hugging Face lays them out, written whole or not at all.
+
+A folder is written beside its place under another name, synced, and renamed: whoever finds it finds
+all of it. Weights go through safetensors, to the bit; nothing is pickled. `esfast.models` loads.
+
+Not promised: that two processes may save to one folder at once. Replacing an existing model takes
+two renames; a process killed between them leaves the old model beside, as `.NAME.old-*`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from esfast.errors import ConfigError, EsfastError
+from esfast.resources import require_disk
+
+# What save_model adds to a model's folder: where the weights come from.
+ORIGIN = "esfast.json"
+# Tokenizer and configuration; SmolLM2's take 3.5 MB.
+SMALL_FILES = 32_000_000
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer, and the folder whose safetensors hold its weights as
+    they were loaded (an anchor can be read from there)."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `folder` looks like a saved model: a configuration and safetensors weights."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def save_model(
+    loaded: LoadedModel, folder: str | Path, made: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the live weights, the configuration and the tokenizer to `folder`; returns its path.
+
+    Plain transformers loads it, bit for bit the same weights. `made` (anything that JSON holds)
+    goes to esfast.json beside them. An existing model is replaced. Raises ConfigError for a folder
+    that holds something else, EsfastError for a full disk; `folder` is then as it was.
+    """
+    target = Path(folder).expanduser().absolute()
+    _require_replaceable(target)
+    require_disk(target, _weights_bytes(loaded.model) + SMALL_FILES, f"saving a model to {folder}")
+    with new_folder(target) as fresh:
+        try:
+            loaded.model.save_pretrained(fresh)
+            loaded.tokenizer.save_pretrained(fresh)
+            if made is not None:
+                (fresh / ORIGIN).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise EsfastError(
+                f"the model could not be saved to {target}: {_first_line(error)}. Nothing was "
+                f"changed there; mend that, or save to another folder."
+            ) from error
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which takes its place when the block ends without an error
+    and is removed otherwise. What was at `target` is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.new-{uuid4().hex[:12]}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        _settle(fresh)
+        _swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{uuid4().hex[:12]}")
+    replaces = target.exists()
+    if replaces:
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if replaces:
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Everything in `folder` on the disk, and as readable as the folder itself."""
+    mode = folder.stat().st_mode & 0o666  # safetensors makes its files the owner's alone
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(mode)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is a file; expected a folder, or nothing there yet.")
+    names = sorted(path.name for path in target.iterdir())
+    if names and not is_model_folder(target):
+        raise ConfigError(
+            f"{target} is no model's folder and is not empty (it holds {', '.join(names[:3])}); "
+            f"a model is saved to a new or empty folder, or over another model. Name another one."
+        )
+
+
+def _weights_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

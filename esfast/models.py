@@ -1,0 +1,221 @@
+"""Which model a name means, and loading it.
+
+`smollm2-135m` is the default model, made by `esfast.model_cache`; anything else is a folder, or a
+model of the Hugging Face hub. Only safetensors weights are read, and no code that comes with a
+model is run. What can be refused before the weights are read is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from esfast.checkpoint import LoadedModel
+from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.resources import readable, require_memory
+
+DEFAULT_MODEL = "smollm2-135m"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+# Activations, the tokenizer and the libraries beside the weights.
+BESIDE_WEIGHTS = 300_000_000
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """The model and its tokenizer, for inference, with weights of `dtype` on `device`.
+
+    Raises ConfigError for a name, folder or device that is not there, DataError for a folder that
+    is no causal language model, EsfastError for too little memory or a hub out of reach.
+    """
+    _require_transformers()
+    target = _device(device)
+    folder = model_folder(name_or_path)
+    _require_room(folder, dtype, target)
+    with _quiet():
+        model, tokenizer = _read(folder, dtype)
+    _own_weights(model)
+    return LoadedModel(model.to(target).requires_grad_(False).eval(), tokenizer, folder)
+
+
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder that holds the model of this name; fetches it if need be."""
+    name = str(name_or_path)
+    if name == DEFAULT_MODEL:
+        from esfast.model_cache import cached_smollm2
+
+        return cached_smollm2()
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(path)
+    is_name = isinstance(name_or_path, str) and HUB_NAME.fullmatch(name)
+    if not is_name:
+        raise ConfigError(
+            f"there is no model folder {name!r}, and it is no name on the hub either. Give "
+            f"{DEFAULT_MODEL!r}, a folder that holds config.json and *.safetensors, or a name such "
+            f"as 'Qwen/Qwen2.5-0.5B-Instruct'."
+        )
+    return _from_hub(name)
+
+
+def _local(path: Path) -> Path:
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        seen = "a file" if path.is_file() else f"holding {_listing(path)}"
+        raise ConfigError(
+            f"{path} is {seen}; expected a model's folder with config.json and *.safetensors. Save "
+            f"one with model.save_pretrained and tokenizer.save_pretrained."
+        )
+    return path.absolute()
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "nothing"
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's own errors, the network's, the disk's
+        raise EsfastError(
+            f"the model {name!r} is no folder here and could not be had from the Hugging Face hub: "
+            f"{_first_line(error)}. Check the spelling and the network (a gated model also needs "
+            f"`hf auth login`), or give a folder or {DEFAULT_MODEL!r}."
+        ) from None
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EsfastError(
+            f"loading a language model needs the extra 'train' ({error}): "
+            f"pip install -c constraints.txt '.[train]'"
+        ) from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used: {_first_line(error)}. This machine has 'cpu' "
+            f"and {count} CUDA device{'' if count == 1 else 's'}."
+        ) from None
+    return target
+
+
+def _require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    weights = _elements(folder) * dtype.itemsize
+    what = f"the model in {folder} ({readable(weights)} of weights as {dtype})"
+    mend = "Choose a smaller model or a narrower dtype."
+    if device.type != "cuda":
+        require_memory(weights + BESIDE_WEIGHTS, what, mend)
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < weights + BESIDE_WEIGHTS:
+        raise EsfastError(
+            f"{what} needs about {readable(weights + BESIDE_WEIGHTS)} on {device}, which has "
+            f"{readable(free)} free. {mend}"
+        )
+
+
+def _elements(folder: Path) -> int:
+    """How many numbers the safetensors files of `folder` hold, from their headers."""
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no mapping)
+                    count += torch.Size(file.get_slice(name).get_shape()).numel()
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{path} is no whole safetensors file: {_first_line(error)}. Save or fetch the "
+                f"model again."
+            ) from None
+    return count
+
+
+def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    reads: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = reads(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **known
+        )
+    except Exception as error:  # a model that its library refuses, in whatever way
+        raise DataError(
+            f"{folder} ({_kind(folder)}) cannot be loaded as a causal language model: "
+            f"{_first_line(error)}. Expected what AutoModelForCausalLM of transformers loads."
+        ) from None
+    wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    if wrong:
+        raise DataError(
+            f"{folder} lacks {len(wrong)} of the weights that its config.json asks for, such as "
+            f"{wrong[0]}. Save or fetch the model again."
+        )
+    try:
+        return model, AutoTokenizer.from_pretrained(folder, **known)
+    except Exception as error:
+        raise DataError(
+            f"{folder} has no tokenizer that transformers loads: {_first_line(error)}. Save one "
+            f"there with tokenizer.save_pretrained."
+        ) from None
+
+
+def _kind(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return "its config.json is no JSON object"
+    return f"model_type {kind!r}"
+
+
+def _own_weights(model: Any) -> None:
+    """Move the weights from the mapped file to memory of this process's own.
+
+    What then happens to the file does not matter, and tensors start on 64 bytes (in the file they
+    start on 8 past; perturb and restore gain 3 %).
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's progress bars and warnings: what matters is raised."""
+    from transformers.utils import logging as transformers_logging
+
+    library: Any = transformers_logging
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.CRITICAL)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]
