@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/cpu.hpp"
+#include "float_environment.hpp"
 #include "population.hpp"
 #include "shaping.hpp"
 
@@ -17,9 +18,10 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-PerturbCall perturb_call(int noise, const MemberSpec& member, float scale) {
+PerturbCall perturb_call(int noise, const MemberSpec& member, double scale) {
+  const DefaultFloats floats;
   const Noise kind = static_cast<Noise>(noise);
-  return {kind, make_source(kind, member), scale};
+  return {kind, make_source(kind, member), static_cast<float>(scale)};
 }
 
 Table make_table(const Array<Segment>& rows) {
@@ -30,8 +32,9 @@ Table make_table(const Array<Segment>& rows) {
 }
 
 uint64_t update(const Table& table, int noise, const std::vector<MemberSpec>& members,
-                const std::vector<double>& coefficients, int decay, float strength,
+                const std::vector<double>& coefficients, int decay, double strength,
                 bool stochastic, uint64_t rounding_seed, int threads) {
+  const DefaultFloats floats;
   const Noise kind = static_cast<Noise>(noise);
   const Terms terms = make_terms(kind, members, coefficients);
   const UpdateCall call{kind,
@@ -40,7 +43,7 @@ uint64_t update(const Table& table, int noise, const std::vector<MemberSpec>& me
                         terms.hadamard_coefficients.data(),
                         terms.hadamard_scale,
                         static_cast<Decay>(decay),
-                        strength,
+                        static_cast<float>(strength),
                         stochastic,
                         rounding_seed};
   return cpu::update(table, call, threads);
@@ -50,7 +53,7 @@ py::array_t<float> reveal(int noise, const MemberSpec& member, uint32_t tensor, 
                           uint64_t count) {
   py::array_t<float> out(static_cast<py::ssize_t>(count));
   float* data = out.mutable_data();
-  const PerturbCall call = perturb_call(noise, member, static_cast<float>(member.sign));
+  const PerturbCall call = perturb_call(noise, member, member.sign);
   py::gil_scoped_release unlocked;
   cpu::reveal(call, tensor, first, count, data);
   return out;
@@ -58,12 +61,14 @@ py::array_t<float> reveal(int noise, const MemberSpec& member, uint32_t tensor, 
 
 template <void (*shape)(const double*, size_t, double*)>
 py::array_t<double> shaped(const Array<double>& rewards) {
+  const DefaultFloats floats;
   py::array_t<double> fitness(rewards.size());
   shape(rewards.data(), static_cast<size_t>(rewards.size()), fitness.mutable_data());
   return fitness;
 }
 
 py::array_t<double> shaped_group(const Array<double>& rewards) {
+  const DefaultFloats floats;
   py::array_t<double> fitness(rewards.shape(0));
   shape_group(rewards.data(), static_cast<size_t>(rewards.shape(0)),
               static_cast<size_t>(rewards.shape(1)), fitness.mutable_data());
@@ -105,22 +110,23 @@ void bind_weights(py::module_& m) {
       .def_property_readonly("chunks", [](const Table& t) { return t.chunks.size(); })
       .def(
           "perturb",
-          [](const Table& t, int noise, const MemberSpec& member, float scale, int threads) {
+          [](const Table& t, int noise, const MemberSpec& member, double scale, int threads) {
             cpu::perturb(t, perturb_call(noise, member, scale), threads);
           },
           Unlocked())
       .def(
           "perturb_recorded",
-          [](const Table& t, Records& r, int noise, const MemberSpec& member, float scale,
+          [](const Table& t, Records& r, int noise, const MemberSpec& member, double scale,
              int threads) { cpu::perturb(t, perturb_call(noise, member, scale), r, threads); },
           Unlocked())
       .def("restore", &cpu::restore, Unlocked())
+      .def("capture", &cpu::capture, Unlocked())
       .def("refresh", &cpu::refresh, Unlocked())
       .def("update", &update, Unlocked())
       .def("checksum", &cpu::checksum, Unlocked())
       .def(
           "expected_record_bytes",
-          [](const Table& t, int noise, const MemberSpec& member, float scale, int stride,
+          [](const Table& t, int noise, const MemberSpec& member, double scale, int stride,
              int threads) {
             return cpu::expected_record_bytes(t, perturb_call(noise, member, scale), stride,
                                               threads);

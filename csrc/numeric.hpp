@@ -45,6 +45,10 @@ struct Float32 {
     return canonical<L>(t);
   }
   template <class L>
+  ESFAST_FN typename L::u32 narrow(typename L::f32 t) {
+    return L::as_bits(t);
+  }
+  template <class L>
   ESFAST_FN typename L::u32 stochastic(typename L::f32 t, typename L::u32, uint32_t&) {
     return nearest<L>(t);  // nothing to round
   }
@@ -75,6 +79,11 @@ struct BFloat16 {
     const auto bits = canonical<L>(t);
     const auto tie = L::and_(L::template shr<16>(bits), L::set(1));
     return upper<L>(L::add(L::add(bits, L::set(0x7FFFu)), tie));
+  }
+  // As nearest, but a NaN keeps what fits of its payload: a master's copy of a bf16 NaN goes back.
+  template <class L>
+  ESFAST_FN typename L::u32 narrow(typename L::f32 t) {
+    return L::select(L::is_nan(t), upper<L>(L::as_bits(t)), nearest<L>(t));
   }
   // `random`: 16 bits, added below the kept mantissa, then truncated. Only a magnitude of the last
   // finite bf16 or more can overflow, be infinite or NaN: weights take the short path.
@@ -130,6 +139,14 @@ struct Float16 {
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
     return L::to_half(L::as_float(canonical<L>(t)));
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 narrow(typename L::f32 t) {  // as BFloat16::narrow
+    const auto bits = L::as_bits(t);
+    const auto sign = L::and_(L::template shr<16>(bits), L::set(0x8000u));
+    const auto payload = L::and_(L::template shr<13>(bits), L::set(0x03FFu));
+    const auto nan = L::or_(L::or_(sign, payload), L::set(0x7C00u));
+    return L::select(L::is_nan(t), nan, nearest<L>(t));
   }
   // Of the 16 random bits a normal result uses the upper 13, the width of what is dropped. Below
   // 2^-14 the result counts units of 2^-24, so the value in units of 2^-40 takes all 16.

@@ -106,7 +106,10 @@ class Anchor:
     resident_bytes: memory that it holds besides the page cache.
     """
 
-    def __init__(self, stored: list[_Stored], owners: list[Any], resident_bytes: int) -> None:
+    def __init__(
+        self, table: ParameterTable, stored: list[_Stored], owners: list[Any], resident_bytes: int
+    ) -> None:
+        self._layout = table.layout
         self._stored = stored  # one a segment of the table
         self._owners = owners
         self.resident_bytes = resident_bytes
@@ -116,7 +119,7 @@ class Anchor:
         """A copy of the table's elements as they are now, in their dtypes."""
         copies = [s.tensor.detach().clone(memory_format=torch.contiguous_format) for s in table.segments]
         stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
-        return cls(stored, list(copies), table.nbytes)
+        return cls(table, stored, list(copies), table.nbytes)
 
     @classmethod
     def from_safetensors(cls, path: str | Path, table: ParameterTable) -> Anchor:
@@ -142,14 +145,15 @@ class Anchor:
                 )
             address = int(file.bytes.ctypes.data) + begin
             stored.append(_Stored(address, *_FORMATS[kind], True))
-        return cls(stored, list(files), 0)
+        return cls(table, stored, list(files), 0)
 
     def fill(self, rows: np.ndarray, table: ParameterTable) -> None:
         """Writes the anchor's columns of a core segment table."""
-        if len(self._stored) != len(table.segments):
+        if self._layout != table.layout:
             raise ParameterError(
-                f"the anchor was made for {len(self._stored)} segments and the table has "
-                f"{len(table.segments)}; make the anchor from the same table."
+                f"the anchor was made for another table ({len(self._layout)} segments; this one has "
+                f"{len(table.segments)}, or their names, shapes or starts differ); make the anchor "
+                "from this table."
             )
         for row, piece in zip(rows, table.pieces, strict=True):
             stored = self._stored[piece.segment]

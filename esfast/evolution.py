@@ -63,6 +63,7 @@ class EvolutionStrategy:
             anchor = Anchor.in_memory(table)
         self.weights = Weights(table, memory, anchor, threads)
         self.generation = 0
+        self._loop = object()
 
     @property
     def config(self) -> StrategyConfig:
@@ -74,12 +75,14 @@ class EvolutionStrategy:
 
         Leaving the loop (break, exception, Ctrl-C) restores the weights; so does `step`.
         """
+        self._loop = loop = object()  # a loop that is collected late must leave a newer one alone
         try:
             for member in self.strategy.members(self.generation):
                 self.weights.perturb(member, self.config.sigma)
                 yield member
         finally:
-            self.weights.restore()
+            if self._loop is loop:
+                self.weights.restore()
 
     def step(self, rewards: ArrayLike, nan: str = "raise") -> StepReport:
         """Moves the weights along the noise that scored well, and goes to the next generation.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from esfast import _core
-from esfast.errors import ParameterError
+from esfast.errors import ParameterError, StateError
 from esfast.members import tensor_id
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -100,6 +100,8 @@ def _pieces(number: int, segment: Segment) -> list[Piece]:
 
 def _check_tensor(segment: Segment) -> None:
     name, tensor = segment.name, segment.tensor
+    if not isinstance(tensor, torch.Tensor):
+        raise ParameterError(f"'{name}' is a {type(tensor).__name__}; give torch tensors.")
     if tensor.dtype not in DTYPES:
         raise ParameterError(
             f"'{name}' is {str(tensor.dtype).removeprefix('torch.')}; supported: float32, float16, "
@@ -237,7 +239,8 @@ class ParameterTable:
 
     Errors (ParameterError, before anything is edited): a dtype other than float32, float16,
     bfloat16; a device that the build cannot edit; two names of one id; elements given twice;
-    segments that share memory.
+    segments that share memory. The memory is kept alive; a tensor whose storage is replaced later
+    (a module cast or moved) is noticed by `check_in_place`.
     """
 
     def __init__(self, segments: Iterable[Segment]) -> None:
@@ -253,13 +256,14 @@ class ParameterTable:
         _check_names(self.segments)
         _check_canonical_overlap(self.segments)
         _check_memory_overlap(self.segments)
+        self._owners = [segment.tensor.detach() for segment in self.segments]
         numbered = enumerate(self.segments)
         self.pieces = tuple(piece for i, s in numbered for piece in _pieces(i, s))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> ParameterTable:
         """Whole canonical tensors by name, in the mapping's order."""
-        return cls(Segment(name, tuple(t.shape), t.detach()) for name, t in tensors.items())
+        return cls(Segment(name, tuple(getattr(t, "shape", ())), t) for name, t in tensors.items())
 
     @classmethod
     def from_module(
@@ -274,6 +278,24 @@ class ParameterTable:
         """
         chosen = {n: p for n, p in module.named_parameters() if _selected(n, include, exclude)}
         return cls.from_tensors(chosen)
+
+    def check_in_place(self) -> None:
+        """StateError where a tensor has another storage, dtype or layout than when it was taken."""
+        for segment, owner in zip(self.segments, self._owners, strict=True):
+            now = segment.tensor
+            if now.data_ptr() != owner.data_ptr() or now.dtype != owner.dtype:
+                raise StateError(
+                    f"'{segment.name}' was moved or cast after its table was made, so that an edit "
+                    "would not reach the model. Make the table (and what was built on it) after "
+                    "model.to(...)."
+                )
+
+    @property
+    def layout(self) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
+        """Name, canonical shape, start and extent of each segment."""
+        return tuple(
+            (s.name, tuple(s.shape), s.origin, tuple(s.tensor.shape)) for s in self.segments
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -31,10 +31,20 @@ def _worst_for_nan(values: np.ndarray) -> np.ndarray:
     return filled
 
 
+def as_rewards(rewards: ArrayLike) -> np.ndarray:
+    """The rewards as float64. DataError where they are not numbers in a regular array."""
+    try:
+        return np.array(rewards, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the rewards are not numbers ({error}); give one a member, or a matrix of them."
+        ) from error
+
+
 def _checked(rewards: ArrayLike, method: str, nan: str) -> np.ndarray:
     if nan not in ("raise", "worst"):
         raise ConfigError(f"nan={nan!r} is unknown; choose 'raise' or 'worst'.")
-    values = np.array(rewards, dtype=np.float64)
+    values = as_rewards(rewards)
     dimensions = 2 if method == "group_centered" else 1
     if values.ndim != dimensions or values.size == 0:
         expected = "a [population, prompts] matrix" if dimensions == 2 else "one reward a member"

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from esfast.errors import ConfigError, DataError
 from esfast.members import MOST_MEMBERS, NOISES, Member, generation_seed, member_seed
-from esfast.shaping import METHODS, shape
+from esfast.shaping import METHODS, as_rewards, shape
 
 ROUNDINGS = ("stochastic", "nearest")
 DECAYS = ("l1", "l2")
@@ -39,14 +39,17 @@ class AnchoredDecay:
             raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
 
     def strength(self, alpha: float) -> float:
-        """fp32(1 - alpha * lambda) for l2, fp32(alpha * lambda) for l1. ConfigError from l2 1 on."""
+        """1 - alpha * lambda for l2 (ConfigError where that is not positive), alpha * lambda for l1.
+
+        The core rounds it to fp32.
+        """
         product = alpha * self.weight
         if self.kind == "l2" and not product < 1:
             raise ConfigError(
                 f"alpha * lambda is {alpha:g} * {self.weight:g} = {product:g}; l2 decay needs it "
                 "below 1, or the weights would jump past their anchor. Lower lambda or alpha."
             )
-        return float(np.float32(1 - product if self.kind == "l2" else product))
+        return 1 - product if self.kind == "l2" else product
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Strategy:
 
         rewards: [population], or [population, prompts] with group_centered shaping.
         """
-        values = np.asarray(rewards, dtype=np.float64)
+        values = as_rewards(rewards)
         count = values.shape[0] if values.ndim else 0
         if count != self.config.population_size:
             raise DataError(

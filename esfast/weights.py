@@ -29,6 +29,7 @@ from esfast.strategy import ROUNDINGS, AnchoredDecay
 
 MEMORIES = ("lean", "shadow", "master")
 _DECAY_NUMBERS = {"l1": 1, "l2": 2}
+_SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127  # of fp32
 _SAMPLE_STRIDE = 16  # every 16th chunk tells the size of lean's records to a few per cent
 
 
@@ -59,10 +60,9 @@ def available_bytes() -> int | None:
 
 
 def _scale(sign: int, sigma: float) -> float:
-    scale = np.float32(sigma)
-    if not (math.isfinite(float(scale)) and scale > 0):
+    if not _SMALLEST <= sigma <= _LARGEST:
         raise ConfigError(f"sigma is {sigma!r}; it is a positive number that fp32 can hold.")
-    return sign * float(scale)
+    return sign * float(sigma)  # the core rounds it to fp32
 
 
 class Weights:
@@ -96,6 +96,8 @@ class Weights:
         if anchor is not None:
             anchor.fill(rows, table)
         self._core = _core.Table(rows)
+        if self._bases:
+            self._core.capture(self.threads)
 
     def _make_bases(self, rows: np.ndarray) -> None:
         dtypes = [torch.float32 if self.memory == "master" else s.tensor.dtype for s in self.table.segments]
@@ -109,8 +111,7 @@ class Weights:
                 f'{there / 1e9:.2f} GB are free; memory="lean" needs about a fifth of the weights.'
             )
         for segment, dtype in zip(self.table.segments, dtypes, strict=True):
-            live = segment.tensor.detach()
-            self._bases.append(live.to(dtype, memory_format=torch.contiguous_format, copy=True))
+            self._bases.append(torch.empty(segment.tensor.shape, dtype=dtype))
         for row, piece in zip(rows, self.table.pieces, strict=True):
             base = self._bases[piece.segment]
             row["base"] = base.data_ptr() + piece.offsets[2] * base.element_size()
@@ -128,6 +129,7 @@ class Weights:
         sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
         """
         scale = _scale(member.sign, sigma)
+        self.table.check_in_place()
         if self.memory == "lean":
             self.restore()
             self._core.perturb_recorded(
@@ -169,6 +171,7 @@ class Weights:
             raise ConfigError(f"rounding {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}.")
         if not 0 <= seed < 2**64:
             raise ConfigError(f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1.")
+        self.table.check_in_place()
         self.restore()
         saturated = self._core.update(
             members[0].noise_number if members else 0,

@@ -32,6 +32,7 @@ void set_target(const std::string& name);  // throws std::invalid_argument namin
 void perturb(const Table&, const PerturbCall&, int threads);
 void perturb(const Table&, const PerturbCall&, Records&, int threads);
 void restore(const Table&, Records&, int threads);
+void capture(const Table&, int threads);  // base = live
 void refresh(const Table&, int threads);  // live = round(base)
 uint64_t update(const Table&, const UpdateCall&, int threads);
 uint64_t checksum(const Table&, int threads);

@@ -142,6 +142,14 @@ struct Exports {
     return saturated;
   }
 
+  static void capture(const Segment& s, const Chunk& c) {
+    uint8_t gathered[4 * kBlock];
+    with_dtypes(s, [&](auto live, auto base) {
+      for_blocks(s, c, gathered, false,
+                 [&](const Block& b) { capture_all<decltype(live), decltype(base)>(b); });
+    });
+  }
+
   static void refresh(const Segment& s, const Chunk& c) {
     uint8_t gathered[4 * kBlock];
     with_dtypes(s, [&](auto live, auto base) {
@@ -179,7 +187,7 @@ struct Exports {
 
   static constexpr Target table(const char* name) {
     return {name, make_scratch, free_scratch, perturb, record, restore,
-            update, refresh,      checksum,     reveal};
+            update, capture, refresh, checksum, reveal};
   }
 };
 

@@ -399,8 +399,23 @@ static void copy_block(const Block& b) {
     Base::template load<L>(b.base + i * Base::bytes, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
-      v[j] = Live::template nearest<L>(Base::template widen<L>(v[j]));
+      v[j] = Live::template narrow<L>(Base::template widen<L>(v[j]));
     Live::template store<L>(b.live + i * Live::bytes, v);
+  }
+}
+
+// base = live, once a run: in scalar integers, since conversion instructions alter signalling NaNs.
+template <class Live, class Base>
+static void capture_all(const Block& b) {
+  if (Live::bytes == Base::bytes) {
+    memcpy(b.base, b.live, static_cast<size_t>(b.count * Live::bytes));
+    return;
+  }
+  for (int i = 0; i < b.count; ++i) {
+    Weights<Scalar> v;
+    Live::template load<Scalar>(b.live + i * Live::bytes, v);
+    v[0] = Scalar::as_bits(Live::template widen<Scalar>(v[0]));
+    Base::template store<Scalar>(b.base + i * Base::bytes, v);
   }
 }
 

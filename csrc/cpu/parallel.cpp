@@ -1,13 +1,13 @@
 // Chunks over threads. Which thread takes which chunk never touches a result: no reduction across
 // threads reaches a weight, and the checksum is a sum of integers.
 #include <atomic>
-#include <cfenv>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 
+#include "../float_environment.hpp"
 #include "cpu.hpp"
 
 namespace esfast {
@@ -20,21 +20,6 @@ uint64_t Records::bytes() const {
 
 namespace cpu {
 namespace {
-
-// Round to nearest, subnormals kept, whatever the caller set (torch.set_flush_denormal and others).
-class DefaultFloats {
- public:
-  DefaultFloats() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloats() { std::fesetenv(&saved_); }
-  DefaultFloats(const DefaultFloats&) = delete;
-  DefaultFloats& operator=(const DefaultFloats&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
 
 struct FreeScratch {
   const Target* target;
@@ -159,6 +144,14 @@ void refresh(const Table& table, int threads) {
   for_chunks(table, thread_count(table, threads), 1, [&](size_t i, size_t) {
     const Chunk& c = table.chunks[i];
     t.refresh(table.segments[c.segment], c);
+  });
+}
+
+void capture(const Table& table, int threads) {
+  const Target& t = target();
+  for_chunks(table, thread_count(table, threads), 1, [&](size_t i, size_t) {
+    const Chunk& c = table.chunks[i];
+    t.capture(table.segments[c.segment], c);
   });
 }
 

@@ -51,6 +51,7 @@ struct Target {
                   const uint8_t* record);
   // Returns how many weights saturated.
   uint64_t (*update)(const Segment&, const Chunk&, const UpdateCall&, Scratch&);
+  void (*capture)(const Segment&, const Chunk&);  // base = live
   void (*refresh)(const Segment&, const Chunk&);  // live = round(base)
   uint64_t (*checksum)(const Segment&, const Chunk&);
   void (*reveal)(const PerturbCall&, uint32_t tensor, uint64_t first, uint64_t count, float* out,
