@@ -47,6 +47,7 @@ def draw_run(folder: Path) -> list[Path]:
 def _picture(path: Path, draw: Callable[[Any], None], made: str) -> None:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError(
             f"plots need matplotlib ({error}); pip install matplotlib, or give --no-plots."
@@ -56,6 +57,8 @@ def _picture(path: Path, draw: Callable[[Any], None], made: str) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     draw(axes)
+    if axes.get_xlabel() == "generation":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("\n".join(textwrap.wrap(made, 130)), fontsize=5.5, color="#777777")
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", metadata={"Software": "esfast", "Comment": made})

@@ -21,7 +21,7 @@ import numpy as np
 
 from esfast.anchor import Anchor
 from esfast.engines.base import Engine, Sampling
-from esfast.errors import ConfigError, EsfastError
+from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.held_out import HeldOut, rise
 from esfast.loggers import Logger
@@ -39,10 +39,10 @@ from esfast.measure import (
     reset_peak,
 )
 from esfast.progress import GenerationReport, RunProgress
+from esfast.resources import readable, require_memory
 from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
 from esfast.strategy import StrategyConfig
 from esfast.tasks.base import Example, Score, Task
-from esfast.weights import available_bytes
 
 SAMPLES_SHOWN = 4
 
@@ -203,15 +203,11 @@ class Trainer:
         config = self.config.strategy
         use = es.weights.memory_use()
         needed = es.weights.expected_bytes(config.sigma, config.noise)
-        there = available_bytes()
-        if self.config.memory == "lean" and there is not None and needed > there:
-            raise EsfastError(
-                f"restoring exactly takes about {needed / 1e6:.0f} MB beside the weights, and "
-                f"{there / 1e6:.0f} MB of memory are free. Free some, or lower --sigma."
-            )
+        if self.config.memory == "lean":
+            require_memory(needed, "restoring members exactly", "Free some, or lower --sigma.")
         weights = use.weights_bytes
         self.progress.note(
-            f"{self.config.memory} memory: {needed / 1e6:.0f} MB beside {weights / 1e6:.0f} MB of "
+            f"{self.config.memory} memory: {readable(needed)} beside {readable(weights)} of "
             f"weights ({needed / weights:.2f} of them)"
         )
 

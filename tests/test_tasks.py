@@ -291,7 +291,7 @@ def test_texts_that_are_no_small_formula_are_refused(text):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -302,7 +302,7 @@ def test_reasoning_gym_scores_the_extracted_answer_and_keeps_its_problems(cache)
     assert task.score(example, f"I think the answer is {right}.") == Score(1.0, "Right.", True)
     assert task.score(example, f"<answer>{right}</answer>").solved
     assert task.score(example, "<answer>1 + 1</answer>").value == pytest.approx(0.05)
-    (kept,) = (cache / "esfast" / "reasoning_gym").iterdir()
+    (kept,) = (cache / "reasoning_gym").iterdir()
     before = kept.stat().st_mtime_ns
     assert make_task("reasoning_gym:countdown", size=30).held_out(9) == task.held_out(9)
     assert kept.stat().st_mtime_ns == before

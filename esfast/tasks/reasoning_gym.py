@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError
+from esfast.model_cache import cache_folder
 from esfast.tasks.base import Example, PoolTask, Score
 from esfast.tasks.draws import held_out_keys
 from esfast.tasks.harmless import is_formula, is_plain
@@ -120,7 +121,11 @@ def _checks(dataset: type) -> list[Callable[[str], bool]]:
 def _cached_rows(name: str, dataset: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     version = metadata.version("reasoning-gym")
     key = json.dumps([name, len(dataset), version, config], sort_keys=True, default=str)
-    path = _cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = (
+        cache_folder()
+        / "reasoning_gym"
+        / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    )
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -172,8 +177,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "esfast" / "reasoning_gym"

@@ -1,0 +1,82 @@
+"""The command line: `esfast train`, `esfast bench`, `esfast info`.
+
+What a user can mend is one paragraph on standard error and exit code 2; Ctrl-C is 130; anything
+else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NoReturn
+
+from esfast import __version__, info
+from esfast.errors import EsfastError
+from esfast.train_command import add_train_arguments, run_train
+
+INTERRUPTED = 130
+MENDABLE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one paragraph, without the usage of forty flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        self.exit(MENDABLE, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code (argparse's own exits raise SystemExit)."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except EsfastError as error:
+        return _say(str(error), MENDABLE)
+    except MemoryError as error:
+        return _say(f"not enough memory ({error or 'an allocation failed'}).", MENDABLE)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was running yet, or it has been put away.", INTERRUPTED)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = Parser(
+        prog="esfast",
+        description="Fine-tune language models with evolution strategies.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"esfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model; alone: a small chat model and task, minutes on two cores",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_train_arguments(train)
+    train.set_defaults(run=run_train)
+    if find_spec("esfast.bench") is not None:
+        bench = import_module("esfast.bench")
+        measured = commands.add_parser(
+            "bench", help="measure the kernels on this machine", allow_abbrev=False
+        )
+        bench.add_bench_arguments(measured)
+        measured.set_defaults(run=bench.run_bench)
+    shown = commands.add_parser("info", help="versions, targets, devices, build")
+    shown.set_defaults(run=_run_info)
+    return parser
+
+
+def _run_info(_: argparse.Namespace) -> int:
+    print("\n".join(info.info_lines()))
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    print(f"esfast: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,250 @@
+"""The command line: what a user can mend is one paragraph and exit code 2, whatever it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from esfast import _core, cli, train_command
+from esfast.run_folder import read_lines
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments: str) -> int:
+    """The exit code of `esfast ARGUMENTS`, in this process."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+REFUSED = {
+    "an unknown command": (["fly"], "invalid choice: 'fly'"),
+    "no command": ([], "COMMAND"),
+    "an unknown flag": (["train", "--sigmas", "1"], "--sigmas"),
+    "a shortened flag": (["train", "--sig", "1"], "--sig"),
+    "a word for a number": (["train", "--sigma", "much"], "'much' is not a number above 0"),
+    "a negative sigma": (["train", "--sigma=-1"], "'-1' is not a number above 0"),
+    "nan": (["train", "--alpha", "nan"], "'nan' is not a number above 0"),
+    "no generations": (["train", "--generations", "0"], "'0' is not a whole number of 1 or more"),
+    "an odd antithetic population": (["train", "--population-size", "7"], "make it even"),
+    "a population of one": (
+        ["train", "--population-size", "1", "--no-antithetic"],
+        "population_size is 1",
+    ),
+    "an unknown noise": (["train", "--noise", "pink"], "gaussian"),
+    "lambda without a type": (["train", "--weight-decay-lambda", "1"], "--weight-decay-type"),
+    "a decay that jumps": (
+        ["train", "--weight-decay-type", "l2", "--weight-decay-lambda", "1000"],
+        "Lower lambda or alpha",
+    ),
+    "an unknown task": (["train", "--task", "chess"], "there is no task 'chess'"),
+    "an unknown data set": (["train", "--task", "reasoning_gym:nim"], "no data set 'nim'"),
+    "a missing file": (["train", "--task", "gsm8k", "--data", "no.jsonl"], "cannot read no.jsonl"),
+    "a task without data": (["train", "--task", "gsm8k"], "--data"),
+    "an unknown option": (["train", "--task-option", "digits=3"], "has no option digits"),
+    "an option without value": (["train", "--task-option", "digits"], "name=value"),
+    "a reward without data": (["train", "--reward", "json:loads"], "--data"),
+    "a reward for another task": (
+        ["train", "--task", "countdown", "--reward", "json:loads"],
+        "leave out --task countdown",
+    ),
+    "a long answer limit of nothing": (["train", "--max-new-tokens", "0"], "whole number"),
+    "an unknown logger": (["train", "--log-to", "paper"], "tensorboard"),
+    "a folder in use": (["train", "--output", "used"], "used is there already"),
+    "an unknown model": (["train", "--model", "no/such/model/here"], "no/such/model/here"),
+    "a folder that is no model": (["train", "--model", "used"], "used"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(case, here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (here / "used").mkdir()
+    (here / "used" / "thing").write_text("")
+    arguments, expected = REFUSED[case]
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert expected in err and out == ""
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    assert err.startswith("esfast")
+    assert sorted(path.name for path in here.iterdir()) == ["used"]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cli, "run_train", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("train")
+
+
+def test_too_little_memory_is_said(monkeypatch, capsys):
+    def broken(args):
+        raise MemoryError("5 GB for the base copy")
+
+    monkeypatch.setattr(cli, "run_train", broken)
+    assert run("train") == 2
+    assert "not enough memory (5 GB for the base copy)" in capsys.readouterr().err
+
+
+def test_info_says_what_is_there(capsys):
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    assert f"{_core.target()} (selected)" in out
+    for fact in ("esfast", "noise version", "targets", "CUDA devices", "build compiler", "torch"):
+        assert any(line.startswith(fact) for line in out.splitlines()), fact
+
+
+def test_info_follows_a_forced_target():
+    environment = {**os.environ, "ESFAST_TARGET": "scalar"}
+    done = subprocess.run(
+        [sys.executable, "-m", "esfast", "info"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "scalar (selected)" in done.stdout
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("esfast 0.")
+
+
+def test_the_flags_carry_the_fields_names(capsys):
+    assert run("train", "--help") == 0
+    text = capsys.readouterr().out
+    for flag in ("sigma", "alpha", "population-size", "weight-decay-type", "weight-decay-lambda"):
+        assert f"--{flag} " in text
+    assert "--no-antithetic" in text and "--memory {lean,shadow,master}" in text
+
+
+# --- runs of a tiny model ---------------------------------------------------------------------
+
+REWARD = """
+def vowels(example, completion):
+    return sum(completion.count(letter) for letter in "aeiou") / 8, "more vowels"
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_models.llama().save_pretrained(folder)
+    tiny_models.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vowels(here, tiny_model) -> list[str]:
+    (here / "rewards.py").write_text(REWARD)
+    prompts = [json.dumps({"prompt": f"Say something about {n}."}) for n in range(20)]
+    (here / "prompts.jsonl").write_text("\n".join(prompts))
+    return [
+        *("train", "--model", str(tiny_model), "--reward", "rewards:vowels"),
+        *("--data", "prompts.jsonl", "--dtype", "float32", "--max-new-tokens", "8"),
+        *("--sigma", "0.02", "--alpha", "0.02", "--population-size", "8", "--prompts", "4"),
+        *("--eval-every", "2", "--output", "run"),
+    ]
+
+
+def test_a_run_from_flags_to_a_model_that_transformers_loads(vowels, tiny_model, capfd):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run(*vowels, "--generations", "3", "--seed", "3") == 0
+    out = capfd.readouterr().out
+    assert "held-out score" in out and out.count("  after   ") == 4
+    assert {path.name for path in Path("run").iterdir()} == {
+        *("config.json", "metrics.jsonl", "generations.jsonl", "samples.json", "summary.json"),
+        *("plots", "model"),
+    }
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["settings"]["strategy"]["seed"] == 3 and config["task"]["name"] == "custom"
+    assert config["made"]["noise_version"] == 1 and "train" in config["made"]["command"]
+    tuned = AutoModelForCausalLM.from_pretrained("run/model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert tuned.keys() == base.keys() and any((tuned[n] != base[n]).any() for n in base)
+    assert AutoTokenizer.from_pretrained("run/model")("a b") == AutoTokenizer.from_pretrained(
+        tiny_model
+    )("a b")
+
+
+def test_the_same_flags_give_the_same_run(vowels):
+    lines = []
+    for name in ("one", "two"):
+        assert run(*vowels[:-1], name, "--generations", "2", "--no-plots") == 0
+        lines.append((Path(name) / "generations.jsonl").read_text())
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
+
+
+def test_decay_reads_its_anchor_from_the_models_file(vowels):
+    decay = ["--weight-decay-type", "l2", "--weight-decay-lambda", "10"]
+    assert run(*vowels, *decay, "--generations", "2", "--no-plots") == 0
+    settings = json.loads(Path("run/config.json").read_text())["settings"]
+    assert settings["strategy"]["decay"] == {"kind": "l2", "weight": 10.0}
+
+
+def test_ctrl_c_in_the_middle_leaves_a_whole_run(vowels, tiny_model):
+    command = [sys.executable, "-m", "esfast", *vowels, "--generations", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = Path("run/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_bytes().splitlines()) >= 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "interrupted" in out
+    done = json.loads(Path("run/summary.json").read_text())["generations"]
+    written = [row["generation"] for row in read_lines(Path("run/generations.jsonl"))]
+    assert written[:done] == list(range(done)) and len(written) - done in (0, 1) and done >= 1
+    assert Path("run/model/model.safetensors").stat().st_size > 1000
+    assert (Path("run/plots") / "reward.png").exists()
+
+
+def test_the_example_reward_scores_its_own_prompts(monkeypatch):
+    from esfast.tasks import make_task
+
+    monkeypatch.chdir(EXAMPLES)
+    task = make_task("custom", reward="short_answers:score", data="short_answers.jsonl")
+    try:
+        for example in task.held_out(100):
+            name = example.data["row"]["names"][0]
+            assert task.score(example, f"It is {name}.").value == 1.0
+            assert task.score(example, "I do not know.").value == 0.0
+            assert task.score(example, f"It is {name}" + " indeed" * 20).value == pytest.approx(0.1)
+    finally:
+        task.close()
+
+
+def test_the_example_loop_learns():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "own_loop.py")], capture_output=True, text=True, check=True
+    )
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 10 and losses[-1] < 0.1 < losses[0]
+
+
+def test_the_defaults_are_the_default_job():
+    args = cli.build_parser().parse_args(["train"])
+    assert train_command._task(args).name == "arithmetic"
+    assert (args.sigma, args.alpha, args.memory, args.antithetic) == (0.003, 0.003, "lean", True)
