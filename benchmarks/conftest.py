@@ -1,4 +1,4 @@
-"""The size of the benchmarks' table: 9M parameters, which a large cache holds, or `--full`: 135M."""
+"""How large the benchmarks are: 9M parameters, which a large cache holds, or `--full`: 135M."""
 
 from __future__ import annotations
 

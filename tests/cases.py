@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import reference
 import torch
-from esfast.members import Member
 from reference import Bits
 
 from esfast import ParameterTable, Weights
+from esfast.members import Member
 
 DTYPES = ("bfloat16", "float16", "float32")
 MODES = ("lean", "shadow")
@@ -164,7 +164,7 @@ def assert_tensors(
         assert_bits(tensor, want[name], f"{what} {name}")
 
 
-def made(model: dict[str, torch.Tensor], memory: str, **options: object) -> Weights:
+def made(model: dict[str, torch.Tensor], memory: str, **options: Any) -> Weights:
     return Weights(ParameterTable.from_tensors(model), memory=memory, **options)
 
 

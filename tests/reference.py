@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 U32 = NDArray[np.uint32]
-U64 = NDArray[np.uint64]
+U64 = NDArray[Any]  # uint64; numpy 2 types its shifts as signed
 Bits = NDArray[Any]
 
 LOW = np.uint64(0xFFFFFFFF)

@@ -74,7 +74,8 @@ def test_memory_and_file_are_one(
 def test_folders(tmp_path: Path) -> None:
     base = tensors("bfloat16", plain_bits, 4)
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
+    one.mkdir()
+    two.mkdir()
     save_file(base, one / "model.safetensors")
     save_sharded(base, two)
     model = tensors("bfloat16", plain_bits, 8)

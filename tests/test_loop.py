@@ -20,7 +20,7 @@ from cases import assert_bits, bits_of
 from esfast import EsfastError, EvolutionStrategy, ParameterTable
 
 
-def linear() -> torch.nn.Module:
+def linear() -> torch.nn.Linear:
     torch.manual_seed(3)
     return torch.nn.Linear(16, 8).to(torch.bfloat16)
 
@@ -131,7 +131,7 @@ def test_a_loop_that_dies_late_leaves_the_next_one_alone() -> None:
     live = bits_of(model.weight)
     del held
     assert_bits(model.weight, live)
-    again.close()
+    del again
     assert_bits(model.weight, before)
 
 
@@ -158,6 +158,24 @@ def test_bad_rewards_change_nothing(case: str) -> None:
     assert es.generation == 0
     es.step([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert es.generation == 1
+
+
+def test_nan_may_be_declared_the_worst() -> None:
+    model, same = linear(), linear()
+    one, two = strategy(model, alpha=0.2), strategy(same, alpha=0.2)
+    one.step([1.0, 2.0, float("nan"), 4.0, 5.0, 6.0], nan="worst")
+    two.step([1.0, 2.0, 1.0, 4.0, 5.0, 6.0])
+    assert_bits(model.weight, same.weight)
+
+
+def test_rewards_may_be_a_matrix_of_prompts() -> None:
+    model = linear()
+    es = strategy(model, shaping="group_centered", alpha=0.2)
+    before = es.weights.checksum()
+    hard = np.array([0.0, 5.0, -2.0])
+    report = es.step(np.arange(6.0)[:, None] ** 2 + hard)
+    assert (np.diff(report.coefficients) > 0).all()
+    assert es.weights.checksum() != before
 
 
 @pytest.mark.parametrize("method", ["rank", "z_score", "centered_rank", "raw"])

@@ -24,9 +24,9 @@ def smollm2() -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     folder = os.environ.get("ESFAST_TEST_MODEL")
     if folder is None:
-        from esfast.engines.models import fetch_default
+        from esfast.model_cache import cached_smollm2
 
-        folder = str(fetch_default())
+        folder = str(cached_smollm2())
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

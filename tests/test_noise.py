@@ -218,10 +218,21 @@ def test_population_of_the_reference_matches_a_strategy() -> None:
 # ---- choosing a target -------------------------------------------------------------------------
 
 
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(core.target())
+"""
+
+
 def run_with(target: str) -> subprocess.CompletedProcess[str]:
-    code = "from esfast import _core; print(_core.target())"
+    """The core alone, without torch, in a process of its own."""
+    from esfast import _core
+
     environment = {**os.environ, "ESFAST_TARGET": target}
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", LOAD, str(_core.__file__)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 

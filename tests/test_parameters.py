@@ -171,9 +171,8 @@ def test_elements_that_share_memory_are_refused(tensor: torch.Tensor) -> None:
     [
         torch.ones(3, device="meta"),
         torch.ones(3, 3).to_sparse(),
-        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     ],
-    ids=["meta", "sparse", "quantized"],
+    ids=["meta", "sparse"],
 )
 def test_tensors_without_plain_memory_are_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(ParameterError, match="w"):

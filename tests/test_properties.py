@@ -136,7 +136,7 @@ def test_update(
 ) -> None:
     dtype, shape, bits, segments = table
     kind = (decay, 1.0 * strength) if decay else None
-    update = reference.Update(*people, kind, rounding, seed)
+    update = reference.Update(people[0], people[1], kind, rounding, seed)
     i = np.arange(bits.size, dtype=np.uint64)
     anchor = np.roll(bits, 1)
     want, saturated = update.apply(bits, dtype, NAME, i, reference.widen(anchor, dtype))

@@ -190,11 +190,12 @@ def test_ranks_of_tensor_parallelism_add_up(target: str, axis: int, ways: int) -
     ranks = [Weights(ParameterTable([shard])) for shard in shards]
     every = [*ranks, reference_weights]
     for step in range(3):
-        if step == 1:
-            [w.perturb(Member(seed=4), 0.01) for w in every]
-        if step == 2:
-            [w.update(population("gaussian", 3), [0.1, 0.2, 0.3], seed=1) for w in every
-             if w.restore() is None]  # fmt: skip
+        for w in every:
+            if step == 1:
+                w.perturb(Member(seed=4), 0.01)
+            if step == 2:
+                w.restore()
+                w.update(population("gaussian", 3), [0.1, 0.2, 0.3], seed=1)
         total = sum(int(rank.checksum(), 16) for rank in ranks) % 2**64
         assert f"{total:016x}" == reference_weights.checksum()
 

@@ -6,6 +6,7 @@ Each case runs on every target and both exact memory modes; the fp32 master has 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -299,7 +300,7 @@ def two_generations() -> list[Member]:
     return [Member(seed=1, noise="hadamard"), Member(seed=2, noise="hadamard", index=1)]
 
 
-BAD_UPDATES = {
+BAD_UPDATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lengths": ((population("gaussian", 3), [1.0]), {}),
     "nan": ((population("gaussian", 1), [float("nan")]), {}),
     "infinite": ((population("gaussian", 1), [float("inf")]), {}),

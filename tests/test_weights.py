@@ -217,6 +217,20 @@ def test_lean_takes_what_it_said(target: str) -> None:
     assert abs(use.extra_bytes - expected) <= 0.5 * expected
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_asking_for_the_memory_leaves_the_weights(target: str, dtype: str) -> None:
+    """Lean measures on a sample of the live weights, in place; a member that is on comes off."""
+    model = {"w": tensor_of(nasty_bits(dtype, 150_001), dtype), **tensors(dtype)}
+    before = clones(model)
+    weights = made(model, "lean")
+    assert weights.expected_bytes(0.01) > 0
+    assert_tensors(model, before)
+    weights.perturb(member("gaussian"), 0.01)
+    weights.expected_bytes(0.01)
+    weights.restore()
+    assert_tensors(model, before)
+
+
 def test_shadow_and_master_say_their_copy() -> None:
     for memory, copies in (("shadow", 1), ("master", 2)):
         weights = made({"w": torch.zeros(1000, dtype=torch.bfloat16)}, memory)
