@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -225,6 +228,49 @@ SCRIPT = """
     except KeyboardInterrupt:
         print("interrupted", es.weights.checksum(), flush=True)
 """
+
+
+def interrupting(event_number: int) -> Callable[..., None]:
+    """A profile function that raises KeyboardInterrupt at the n-th call or return inside esfast:
+    the places where Python delivers a signal. Resumed generators are left out, since a profile
+    function's error skips their `finally`, which a signal's does not."""
+    seen = 0
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal seen
+        inside = "esfast" in Path(frame.f_code.co_filename).parts
+        generator = event in ("call", "return") and frame.f_code.co_flags & inspect.CO_GENERATOR
+        if inside and event != "c_call" and not generator:
+            seen += 1
+            if seen == event_number:
+                raise KeyboardInterrupt
+
+    return profile
+
+
+def interrupted(es: EvolutionStrategy, event_number: int) -> bool:
+    """Runs a loop with one interrupt; False where the loop has fewer events than that."""
+    sys.setprofile(interrupting(event_number))
+    try:
+        for _ in es.population():
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+def test_an_interrupt_at_any_call_restores(memory: str) -> None:
+    model = linear()
+    es = strategy(model, memory=memory, population_size=2)
+    before, number = bits_of(model.weight), 1
+    while interrupted(es, number):
+        assert_bits(model.weight, before, f"event {number}")
+        number += 1
+    assert number > 20
+    assert_bits(model.weight, before)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
