@@ -28,7 +28,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mavx512vbmi2", "-mavx512vpopcntdq", "-mpopcnt", "-mbmi", "-mbmi2"]
 TARGETS = {
     "x86_64": {"cpu/avx2.cpp": AVX2, "cpu/avx512.cpp": AVX512},
@@ -57,8 +57,10 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.rules(output))
-        ninja = shutil.which("ninja") or [sys.executable, "-m", "ninja"]
-        subprocess.run(([ninja] if isinstance(ninja, str) else ninja) + ["-C", str(folder)], check=True)
+        ninja = (
+            [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        )
+        subprocess.run([*ninja, "-C", str(folder)], check=True)
         if shutil.which("nvcc"):
             print("esfast: nvcc found, but this version has no CUDA sources: built for the CPU")
         else:
@@ -71,12 +73,14 @@ class NinjaBuild(build_ext):
         includes = " ".join(f"-isystem {path}" for path in include)
         shared = "-shared" if platform.system() == "Linux" else "-bundle -undefined dynamic_lookup"
         lines = [
-            f"rule cxx\n  description = compile $in\n  command = {compiler} -MMD -MF $out.d $flags {includes} -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  description = link $out\n  command = {compiler} {shared} -pthread $flags $in -o $out",
+            "rule cxx\n  description = compile $in\n  depfile = $out.d\n  deps = gcc",
+            f"  command = {compiler} -MMD -MF $out.d $flags {includes} -c $in -o $out",
+            "rule link\n  description = link $out",
+            f"  command = {compiler} {shared} -pthread $flags $in -o $out",
         ]
         objects = []
-        for source, extra in {**dict.fromkeys(SOURCES, []), **TARGETS.get(platform.machine(), {})}.items():
+        sources = {source: [] for source in SOURCES} | TARGETS.get(platform.machine(), {})
+        for source, extra in sources.items():
             objects.append(source.replace("/", "_") + ".o")
             flags = " ".join(flags_of(source, extra, gcc))
             lines.append(f"build {objects[-1]}: cxx {ROOT / 'csrc' / source}\n  flags = {flags}")

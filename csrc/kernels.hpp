@@ -2,7 +2,8 @@
 //
 //   perturb   w' = round(fma(eps, scale, w)),  scale = sign * sigma
 //   restore   w  = round(fma(eps, -scale, w')), except where that is not exact
-//   update    t = w + acc; anchored decay pulls t towards the anchor (arXiv 2605.30148); one rounding
+//   update    t = w + acc; anchored decay pulls t towards the anchor (arXiv 2605.30148); one
+//   rounding
 // See docs/noise.md for the order of every operation.
 #pragma once
 

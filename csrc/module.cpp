@@ -1,5 +1,5 @@
-// The binding: pointers, sizes and scalars in; numbers or an exception out. The only file that knows
-// Python. Every call on weights releases the interpreter's lock.
+// The binding: pointers, sizes and scalars in; numbers or an exception out. The only file that
+// knows Python. Every call on weights releases the interpreter's lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -95,12 +95,11 @@ py::dict build_info() {
 
 void bind_weights(py::module_& m) {
   PYBIND11_NUMPY_DTYPE(Segment, live, base, anchor, live_row_stride, live_column_stride,
-                       base_row_stride, anchor_row_stride, rows, cols, origin,
-                       canonical_row_stride, tensor, live_dtype, base_dtype, anchor_dtype);
+                       base_row_stride, anchor_row_stride, rows, cols, origin, canonical_row_stride,
+                       tensor, live_dtype, base_dtype, anchor_dtype);
   m.attr("segment_dtype") = py::dtype::of<Segment>();
   py::class_<MemberSpec>(m, "MemberSpec")
-      .def(py::init<uint64_t, int, uint32_t>(), py::arg("seed"), py::arg("sign"),
-           py::arg("index"));
+      .def(py::init<uint64_t, int, uint32_t>(), py::arg("seed"), py::arg("sign"), py::arg("index"));
   py::class_<Records>(m, "Records")
       .def(py::init<>())
       .def_readonly("active", &Records::active)

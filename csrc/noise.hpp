@@ -24,7 +24,8 @@ struct Stream {
   float coefficient;   // of this stream's member in an update
 };
 
-ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor, uint32_t purpose) {
+ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor,
+                             uint32_t purpose) {
   Stream s;
   for (uint32_t r = 0; r < 10; ++r) {
     s.key0[r] = static_cast<uint32_t>(seed) + r * kPhiloxW0;
@@ -51,7 +52,8 @@ ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::wide (&
   const auto k4 = L::make_key(s.round2_x2);
   ESFAST_UNROLL
   for (int b = 0; b < B; ++b) {
-    const auto p0 = L::multiply(L::counters(block + static_cast<uint32_t>(b * L::width)), kPhiloxM0);
+    const auto p0 =
+        L::multiply(L::counters(block + static_cast<uint32_t>(b * L::width)), kPhiloxM0);
     const auto p1 = L::multiply(L::mix(L::high(p0), k0), kPhiloxM1);
     const auto q0 = L::multiply(L::mix(L::high(p1), k1), kPhiloxM0);
     const auto q1 = L::multiply(L::mix(L::low(p0), k2), kPhiloxM1);

@@ -70,9 +70,8 @@ void quantise(const std::vector<Group>& groups, Terms& out) {
 
 Terms make_hadamard_terms(std::vector<Term> terms) {
   constexpr size_t kMostGroups = 4128;  // 16256 * 32 * groups stays below 2^31
-  std::stable_sort(terms.begin(), terms.end(), [](const Term& a, const Term& b) {
-    return a.member.index < b.member.index;
-  });
+  std::stable_sort(terms.begin(), terms.end(),
+                   [](const Term& a, const Term& b) { return a.member.index < b.member.index; });
   for (const Term& term : terms)
     if (term.member.seed != terms.front().member.seed)
       throw std::invalid_argument(

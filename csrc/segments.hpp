@@ -1,8 +1,8 @@
 // What a kernel sees of a model: segments, and the chunks that the work is split into.
 //
 // A segment is a rows x cols piece of one canonical tensor, wherever and however it lies in memory.
-// Its element (r, c) has the logical index origin + r * canonical_row_stride + c. A contiguous tensor
-// is one row; a fused or row-sharded one too; a column shard has a row a canonical row.
+// Its element (r, c) has the logical index origin + r * canonical_row_stride + c. A contiguous
+// tensor is one row; a fused or row-sharded one too; a column shard has a row a canonical row.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,9 @@ enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Noise : int32_t { gaussian = 0, rademacher = 1, hadamard = 2 };
 enum class Decay : int32_t { none = 0, l1 = 1, l2 = 2 };
 
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+inline int bytes_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : 2;
+}
 
 // Addresses are integers: the caller owns the memory and keeps it alive. Strides in elements.
 struct Segment {
@@ -34,8 +36,8 @@ struct Chunk {
   uint64_t row, column, columns;
 };
 
-constexpr uint64_t kChunk = 1u << 16;            // elements: 2,052 chunks in a 135M-parameter model
-constexpr uint64_t kCounterSpan = 1ull << 34;    // a span never crosses a carry into counter word 1
+constexpr uint64_t kChunk = 1u << 16;          // elements: 2,052 chunks in a 135M-parameter model
+constexpr uint64_t kCounterSpan = 1ull << 34;  // a span never crosses a carry into counter word 1
 
 // Splits every segment into chunks of about kChunk elements, cut at canonical multiples of it.
 std::vector<Chunk> split(const std::vector<Segment>& segments);

@@ -71,7 +71,9 @@ class _MappedFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error})") from error
 
-    def _place(self, name: str, entry: dict[str, Any], data: int) -> tuple[str, tuple[int, ...], int]:
+    def _place(
+        self, name: str, entry: dict[str, Any], data: int
+    ) -> tuple[str, tuple[int, ...], int]:
         begin, end = (int(offset) for offset in entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
         kind = str(entry["dtype"])
@@ -117,7 +119,9 @@ class Anchor:
     @classmethod
     def in_memory(cls, table: ParameterTable) -> Anchor:
         """A copy of the table's elements as they are now, in their dtypes."""
-        copies = [s.tensor.detach().clone(memory_format=torch.contiguous_format) for s in table.segments]
+        copies = [
+            s.tensor.detach().clone(memory_format=torch.contiguous_format) for s in table.segments
+        ]
         stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
         return cls(table, stored, list(copies), table.nbytes)
 
@@ -140,8 +144,8 @@ class Anchor:
             file, kind, shape, begin = places[segment.name]
             if kind not in _FORMATS or shape != tuple(segment.shape):
                 raise DataError(
-                    f"'{segment.name}' in '{path}' is {kind} of shape {shape}; expected F32, F16 or "
-                    f"BF16 of shape {tuple(segment.shape)}. Use the checkpoint of this model."
+                    f"'{segment.name}' in '{path}' is {kind} of shape {shape}; expected F32, F16 "
+                    f"or BF16 of shape {tuple(segment.shape)}. Use the checkpoint of this model."
                 )
             address = int(file.bytes.ctypes.data) + begin
             stored.append(_Stored(address, *_FORMATS[kind], True))
@@ -151,8 +155,8 @@ class Anchor:
         """Writes the anchor's columns of a core segment table."""
         if self._layout != table.layout:
             raise ParameterError(
-                f"the anchor was made for another table ({len(self._layout)} segments; this one has "
-                f"{len(table.segments)}, or their names, shapes or starts differ); make the anchor "
+                f"the anchor was made for another table ({len(self._layout)} segments; this one "
+                f"has {len(table.segments)}, or their names, shapes or starts differ); make the anchor "
                 "from this table."
             )
         for row, piece in zip(rows, table.pieces, strict=True):

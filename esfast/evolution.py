@@ -57,8 +57,7 @@ class EvolutionStrategy:
         if config is not None and settings:
             raise TypeError(f"give a config or settings, not both (got {', '.join(settings)})")
         self.strategy = Strategy(config or StrategyConfig(**settings))
-        is_table = isinstance(model, ParameterTable)
-        table = model if is_table else ParameterTable.from_module(model)
+        table = model if isinstance(model, ParameterTable) else ParameterTable.from_module(model)
         if self.config.decay is not None and anchor is None:
             anchor = Anchor.in_memory(table)
         self.weights = Weights(table, memory, anchor, threads)

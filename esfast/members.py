@@ -47,7 +47,9 @@ class Member:
         if self.sign not in (1, -1):
             raise ConfigError(f"a member's sign is {self.sign!r}; it is +1 or -1.")
         if self.noise not in NOISES:
-            raise ConfigError(f"noise {self.noise!r} is unknown; choose one of {', '.join(NOISES)}.")
+            raise ConfigError(
+                f"noise {self.noise!r} is unknown; choose one of {', '.join(NOISES)}."
+            )
         if not 0 <= self.index < MOST_MEMBERS:
             raise ConfigError(
                 f"a member's index is {self.index!r}; it is an integer from 0 to "

@@ -67,7 +67,9 @@ def _collapsed(segment: Segment) -> list[tuple[int, tuple[int, int, int]]]:
     """Dimensions as (size, strides in memory, canonical, packed), neighbours merged where all three
     allow; sizes of 1 dropped."""
     shape = tuple(segment.tensor.shape)
-    strides = zip(segment.tensor.stride(), _contiguous(segment.shape), _contiguous(shape), strict=True)
+    strides = zip(
+        segment.tensor.stride(), _contiguous(segment.shape), _contiguous(shape), strict=True
+    )
     merged: list[tuple[int, tuple[int, int, int]]] = []
     for size, step in zip(shape, strides, strict=True):
         if size == 1:
@@ -109,8 +111,8 @@ def _check_tensor(segment: Segment) -> None:
         )
     if tensor.layout is not torch.strided or tensor.is_meta:
         raise ParameterError(
-            f"'{name}' is on the meta device or not strided ({tensor.layout}); its elements have no "
-            "addresses to edit. Load its weights first, or exclude it with exclude=[...]."
+            f"'{name}' is on the meta device or not strided ({tensor.layout}); its elements have "
+            "no addresses to edit. Load its weights first, or exclude it with exclude=[...]."
         )
     if tensor.device.type != "cpu":
         raise ParameterError(
@@ -124,7 +126,7 @@ def _check_tensor(segment: Segment) -> None:
 def _check_box(segment: Segment) -> None:
     shape, start, extent = segment.shape, segment.origin, tuple(segment.tensor.shape)
     if len(shape) == len(start) == len(extent) and all(
-        0 <= a and a + n <= full for a, n, full in zip(start, extent, shape, strict=True)
+        a >= 0 and a + n <= full for a, n, full in zip(start, extent, shape, strict=True)
     ):
         return
     raise ParameterError(

@@ -1,12 +1,12 @@
-"""Rewards to fitness: what a member's reward weighs in the update. Computed in the core, in float64.
+"""Rewards to fitness: what a member's reward weighs in the update. float64, in the core.
 
 rank            centred ranks, ties averaged, scaled to unit variance (the default: alpha means the
                 same as with z-scores, and one outlier cannot take over a generation)
 z_score         (r - mean) / (std + 1e-8), ddof 0 (Qiu et al., arXiv 2509.24372)
 centered_rank   ranks scaled to [-0.5, 0.5], ties averaged (Salimans et al., arXiv 1703.03864)
 raw             the rewards themselves
-group_centered  a [population, prompts] matrix: per prompt (r - mean) / std over the population, then
-                the mean over prompts, scaled to unit variance
+group_centered  a [population, prompts] matrix: per prompt (r - mean) / std over the population,
+                then the mean over prompts, scaled to unit variance
 
 Rewards that are all equal give zeros with every method. NaN: `nan="raise"` refuses them, and
 `nan="worst"` gives them the lowest finite reward (of their prompt), the declared cost of a failure.
@@ -56,8 +56,8 @@ def _checked(rewards: ArrayLike, method: str, nan: str) -> np.ndarray:
         first = tuple(int(i) for i in np.argwhere(unusable)[0])
         raise DataError(
             f"{int(unusable.sum())} of {values.size} rewards cannot be used by {method}: the first "
-            f"is {values[first]} at {list(first)}. Return a finite reward, pass nan='worst' to give "
-            "NaN the lowest finite one, or use 'rank', which also orders infinities."
+            f"is {values[first]} at {list(first)}. Return a finite reward, pass nan='worst' to "
+            "give NaN the lowest finite one, or use 'rank', which also orders infinities."
         )
     return values
 
@@ -94,5 +94,5 @@ def raw(rewards: ArrayLike, nan: str = "raise") -> np.ndarray:
 
 
 def group_centered(rewards: ArrayLike, nan: str = "raise") -> np.ndarray:
-    """Standardised per prompt, averaged over prompts. float64 [population, prompts] -> [population]."""
+    """Standardised per prompt, averaged over prompts: [population, prompts] -> [population]."""
     return shape(rewards, "group_centered", nan)

@@ -39,7 +39,7 @@ class AnchoredDecay:
             raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
 
     def strength(self, alpha: float) -> float:
-        """1 - alpha * lambda for l2 (ConfigError where that is not positive), alpha * lambda for l1.
+        """1 - alpha * lambda for l2 (ConfigError where not positive), alpha * lambda for l1.
 
         The core rounds it to fp32.
         """

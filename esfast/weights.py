@@ -100,7 +100,10 @@ class Weights:
             self._core.capture(self.threads)
 
     def _make_bases(self, rows: np.ndarray) -> None:
-        dtypes = [torch.float32 if self.memory == "master" else s.tensor.dtype for s in self.table.segments]
+        dtypes = [
+            torch.float32 if self.memory == "master" else s.tensor.dtype
+            for s in self.table.segments
+        ]
         needed = sum(
             s.tensor.numel() * d.itemsize for s, d in zip(self.table.segments, dtypes, strict=True)
         )
@@ -124,7 +127,7 @@ class Weights:
         return bool(self._records.active) if self.memory == "lean" else self._perturbed
 
     def perturb(self, member: Member, sigma: float) -> None:
-        """Applies a member: w' = round(w + sign * sigma * eps). One that is applied is restored first.
+        """Applies a member: w' = round(w + sign * sigma * eps). An applied one is restored first.
 
         sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
         """
@@ -168,9 +171,13 @@ class Weights:
         values = self._checked(members, coefficients)
         number, strength = self._decay(decay, alpha)
         if rounding not in ROUNDINGS:
-            raise ConfigError(f"rounding {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}.")
+            raise ConfigError(
+                f"rounding {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}."
+            )
         if not 0 <= seed < 2**64:
-            raise ConfigError(f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1.")
+            raise ConfigError(
+                f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1."
+            )
         self.table.check_in_place()
         self.restore()
         saturated = self._core.update(
@@ -203,7 +210,9 @@ class Weights:
             )
         kinds = sorted({member.noise for member in members})
         if len(kinds) > 1:
-            raise ConfigError(f"one update got members of {' and '.join(kinds)} noise; use one kind.")
+            raise ConfigError(
+                f"one update got members of {' and '.join(kinds)} noise; use one kind."
+            )
         if kinds == ["hadamard"] and len({member.seed for member in members}) > 1:
             raise ConfigError(
                 "the Hadamard members of one update have different seeds; they share their "
@@ -215,11 +224,13 @@ class Weights:
         if decay is None:
             return 0, 0.0
         if alpha is None or not (math.isfinite(alpha) and alpha > 0):
-            raise ConfigError(f"decay acts with alpha * lambda, and alpha is {alpha!r}; pass alpha=.")
+            raise ConfigError(
+                f"decay acts with alpha * lambda, and alpha is {alpha!r}; pass alpha=."
+            )
         if self.anchor is None:
             raise StateError(
                 "decay has no anchor to pull to; make the weights with "
-                "Weights(table, anchor=Anchor.in_memory(table)) or Anchor.from_safetensors(path, table)."
+                "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
             )
         return _DECAY_NUMBERS[decay.kind], decay.strength(alpha)
 

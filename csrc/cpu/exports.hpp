@@ -1,7 +1,8 @@
 // A target's table of functions: run-time dtypes and noises meet the loops' templates here.
 #pragma once
 
-#include "loops.hpp"
+#include "noise_loops.hpp"
+#include "weight_loops.hpp"
 
 namespace esfast {
 
@@ -13,7 +14,9 @@ struct TargetScratch : Scratch {
   Buffers buffers;
 };
 
-static Buffers& buffers_of(Scratch& s) { return static_cast<TargetScratch&>(s).buffers; }
+static Buffers& buffers_of(Scratch& s) {
+  return static_cast<TargetScratch&>(s).buffers;
+}
 
 template <class F>
 static auto with_dtype(Dtype dtype, F&& f) {
@@ -186,8 +189,8 @@ struct Exports {
   }
 
   static constexpr Target table(const char* name) {
-    return {name, make_scratch, free_scratch, perturb, record, restore,
-            update, capture, refresh, checksum, reveal};
+    return {name,   make_scratch, free_scratch, perturb,  record, restore,
+            update, capture,      refresh,      checksum, reveal};
   }
 };
 

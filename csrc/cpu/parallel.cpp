@@ -82,7 +82,8 @@ std::vector<std::unique_ptr<uint8_t[]>> record_buffers(const Table& table, size_
   return buffers;
 }
 
-void restore_chunks(const Table& table, Records& records, const std::vector<OwnedScratch>& scratch) {
+void restore_chunks(const Table& table, Records& records,
+                    const std::vector<OwnedScratch>& scratch) {
   const Target& t = target();
   for_chunks(table, scratch.size(), 1, [&](size_t i, size_t thread) {
     if (records.chunks[i].empty()) return;

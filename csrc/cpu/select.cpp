@@ -53,6 +53,8 @@ const Target& target() {
   return *t;
 }
 
-void set_target(const std::string& name) { chosen.store(&find(name, "the target")); }
+void set_target(const std::string& name) {
+  chosen.store(&find(name, "the target"));
+}
 
 }  // namespace esfast::cpu

@@ -75,9 +75,7 @@ struct Avx2 {
   ESFAST_FN void store16(void* p, u32 a) {
     _mm_storeu_si128(static_cast<__m128i*>(p), low_halves(a));
   }
-  ESFAST_FN u32 load32(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
+  ESFAST_FN u32 load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   ESFAST_FN void store32(void* p, u32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
   ESFAST_FN void load_high(const void* p, u32 (&v)[2]) {
     v[0] = _mm256_slli_epi32(load16(p), 16);
@@ -106,8 +104,8 @@ struct Avx2 {
     return and_(_mm256_sllv_epi32(set(bits), shift), set(0x80000000u));
   }
   ESFAST_FN u32 popcount(u32 a) {
-    const __m256i counts = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i counts =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i bytes = _mm256_add_epi8(
         _mm256_shuffle_epi8(counts, _mm256_and_si256(a, nibble)),
@@ -146,8 +144,7 @@ struct Avx2 {
 
   ESFAST_FN f32 from_half(u32 h) { return _mm256_cvtph_ps(low_halves(h)); }
   ESFAST_FN u32 to_half(f32 f) {
-    return _mm256_cvtepu16_epi32(
-        _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
   ESFAST_FN void interleave(u32 (&z)[4]) {

@@ -1,10 +1,10 @@
 // Sixteen lanes: AVX-512 F, BW, DQ, VL, VBMI2 and VPOPCNTDQ (Ice Lake, Zen 4 and later).
 // See scalar.hpp for what each operation means.
 //
-// Philox multiplies 32 x 32 -> 64 bits, so its words live one a 64-bit lane, in two registers: `even`
-// holds lanes 0, 2, .. and `odd` lanes 1, 3, .. of the batch. The high half of a product is one
-// vmovshdup (vpsrlq runs on half as many ports), the three-way xor of a round one vpternlogd, and
-// the two registers are merged into 16 lanes only once, after the last round.
+// Philox multiplies 32 x 32 -> 64 bits, so its words live one a 64-bit lane, in two registers:
+// `even` holds lanes 0, 2, .. and `odd` lanes 1, 3, .. of the batch. The high half of a product is
+// one vmovshdup (vpsrlq runs on half as many ports), the three-way xor of a round one vpternlogd,
+// and the two registers are merged into 16 lanes only once, after the last round.
 #pragma once
 
 #include <immintrin.h>
@@ -143,8 +143,7 @@ struct Avx512 {
 
   ESFAST_FN f32 from_half(u32 h) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(h)); }
   ESFAST_FN u32 to_half(f32 f) {
-    return _mm512_cvtepu16_epi32(
-        _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
   ESFAST_FN void interleave(u32 (&z)[4]) {

@@ -20,7 +20,7 @@ struct Scalar {
   static constexpr int width = 1;
   static constexpr int vectors = 1;  // of weights loaded, rounded and stored together
   static constexpr int batches = 1;  // of counters in flight: one alone waits for its multiplies
-  static constexpr int pairs = 1;  // of normals computed in step
+  static constexpr int pairs = 1;    // of normals computed in step
   static constexpr int table_bits = 8;
 
   using u32 = uint32_t;
@@ -86,9 +86,7 @@ struct Scalar {
     return a >> N;
   }
   // Bit j of `bits` as the sign bit of lane j.
-  ESFAST_FN u32 signs(uint32_t bits) {
-    return bits << 31;
-  }
+  ESFAST_FN u32 signs(uint32_t bits) { return bits << 31; }
   ESFAST_FN u32 popcount(u32 a) {
 #if defined(__CUDA_ARCH__)
     return __popc(a);

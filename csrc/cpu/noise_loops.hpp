@@ -1,0 +1,206 @@
+// Noise of a block into the buffer: one member's, or the sum over a population.
+#pragma once
+
+#include "blocks.hpp"
+
+namespace esfast::ESFAST_LANES {
+
+// In memory order, from the first element of the block's first tile.
+template <class L>
+static inline void store_interleaved(float* out, typename L::f32 (&z)[4]) {
+  typename L::u32 v[4] = {L::as_bits(z[0]), L::as_bits(z[1]), L::as_bits(z[2]), L::as_bits(z[3])};
+  L::interleave(v);
+  ESFAST_UNROLL
+  for (int j = 0; j < 4; ++j) L::storef(out + j * L::width, L::as_float(v[j]));
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls f(Count<B>, first counter) for batches of B * L::width counters: the target's favourite B,
+// then smaller ones for the rest. Only the last may reach past `counters`, by less than a width.
+template <class L, class F>
+static inline void for_batches(int counters, F&& f) {
+  constexpr int W = L::width, B = L::batches;
+  int c = 0;
+  for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
+  if (B > 2 && c + 2 * W <= counters) {
+    f(Count<B == 3 ? 2 : 1>{}, c);
+    c += 2 * W;
+  }
+  for (; c < counters; c += W) f(Count<1>{}, c);
+}
+
+template <class L>
+static void philox_words(const Stream& s, uint32_t counter, int counters, uint32_t* out) {
+  for_batches<L>(counters, [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
+    typename L::u32 words[B][4];
+    philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) {
+      L::interleave(words[b]);
+      ESFAST_UNROLL
+      for (int j = 0; j < 4; ++j) L::store(out + 4 * c + (4 * b + j) * L::width, words[b][j]);
+    }
+  });
+}
+
+template <class L>
+static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out) {
+  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
+    typename L::f32 z[B][4];
+    gaussian<L, B>(s, counter + static_cast<uint32_t>(c), z);
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), z[b]);
+  });
+}
+
+// acc = sum of c_n * eps_n in member order; the accumulators never leave the registers.
+template <class L>
+static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
+  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
+    typename L::f32 acc[B][4], z[B][4];
+    ESFAST_UNROLL
+    for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
+    for (int n = 0; n < count; ++n) {
+      gaussian<L, B>(members[n], counter + static_cast<uint32_t>(c), z);
+      const auto coefficient = L::setf(members[n].coefficient);
+      ESFAST_UNROLL
+      for (int b = 0; b < 4 * B; ++b)
+        acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
+    }
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
+  });
+}
+
+template <class L>
+static void fill_rademacher(const Stream& s, uint64_t tile, int tiles, float* out) {
+  uint32_t words[4 * (kBlock / kTile + L::batches * L::width)];
+  philox_words<L>(s, static_cast<uint32_t>(tile), tiles, words);
+  const auto one = L::as_bits(L::setf(1.0f));
+  for (int i = 0; i < tiles * kTile; i += L::width)
+    L::storef(out + i, L::as_float(L::xor_(one, L::signs(words[i / 32] >> (i % 32)))));
+}
+
+// Members in groups whose words fit beside the accumulators in the first-level cache.
+template <class L>
+static void add_rademacher(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
+  constexpr int kGroup = 32, W = L::width, kWords = 4 * (kBlock / kTile + L::batches * W);
+  uint32_t words[kGroup][kWords];
+  memset(out, 0, sizeof(float) * static_cast<size_t>(tiles * kTile));
+  for (int first = 0; first < count; first += kGroup) {
+    const int group = count - first < kGroup ? count - first : kGroup;
+    for (int n = 0; n < group; ++n)
+      philox_words<L>(members[first + n], static_cast<uint32_t>(tile), tiles, words[n]);
+    for (int i = 0; i < tiles * kTile; i += 32) {
+      typename L::f32 acc[32 / W];
+      ESFAST_UNROLL
+      for (int j = 0; j < 32 / W; ++j) acc[j] = L::loadf(out + i + j * W);
+      for (int n = 0; n < group; ++n) {
+        ESFAST_UNROLL
+        for (int j = 0; j < 32 / W; ++j)
+          acc[j] = add_signed<L>(acc[j], members[first + n].coefficient,
+                                 L::signs(words[n][i / 32] >> (j * W)));
+      }
+      ESFAST_UNROLL
+      for (int j = 0; j < 32 / W; ++j) L::storef(out + i + j * W, acc[j]);
+    }
+  }
+}
+
+template <class L>
+static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tiles, float* out) {
+  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
+    typename L::u32 words[B][4];
+    philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) {
+      typename L::f32 z[4];
+      ESFAST_UNROLL
+      for (int j = 0; j < 4; ++j) z[j] = hadamard<L>(words[b][j], row);
+      store_interleaved<L>(out + 4 * (c + b * L::width), z);
+    }
+  });
+}
+
+template <class L>
+static void add_hadamard(const Stream* groups, int count, const int32_t* tables, float scale,
+                         uint64_t tile, int tiles, float* out) {
+  constexpr int bits = L::table_bits, kEntries = ((32 + bits - 1) / bits) << bits;
+  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+    constexpr int B = decltype(batches)::value;
+    typename L::u32 sum[B][4], words[B][4];
+    ESFAST_UNROLL
+    for (int b = 0; b < 4 * B; ++b) sum[b / 4][b % 4] = L::set(0);
+    for (int g = 0; g < count; ++g) {
+      philox<L, B>(groups[g], counter + static_cast<uint32_t>(c), words);
+      ESFAST_UNROLL
+      for (int b = 0; b < 4 * B; ++b)
+        sum[b / 4][b % 4] =
+            hadamard_sum<L>(sum[b / 4][b % 4], words[b / 4][b % 4], tables + g * kEntries);
+    }
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) {
+      typename L::f32 acc[4];
+      ESFAST_UNROLL
+      for (int j = 0; j < 4; ++j) acc[j] = L::mulf(L::from_int(sum[b][j]), L::setf(scale));
+      store_interleaved<L>(out + 4 * (c + b * L::width), acc);
+    }
+  });
+}
+
+// Counter word 1 of a block: the blocks of the four noises hold 4, 128, 4 and 8 elements.
+ESFAST_FN uint32_t high_word(Noise noise, uint64_t index) {
+  return static_cast<uint32_t>(index >> (noise == Noise::rademacher ? 39 : 34));
+}
+
+template <class L>
+static const float* fill_noise(const PerturbCall& call, uint32_t tensor, const Block& b,
+                               Buffers& buffers) {
+  const Stream s =
+      make_stream(call.source.seed, high_word(call.noise, b.index), tensor, call.source.purpose);
+  float* out = buffers.noise;
+  if (call.noise == Noise::gaussian) fill_gaussian<L>(s, b.tile(), b.tiles(), out);
+  if (call.noise == Noise::rademacher) fill_rademacher<L>(s, b.tile(), b.tiles(), out);
+  if (call.noise == Noise::hadamard) fill_hadamard<L>(s, call.source.row, b.tile(), b.tiles(), out);
+  return out + b.lead();
+}
+
+static void prepare_streams(const UpdateCall& call, uint32_t tensor, uint64_t index, Buffers& u) {
+  const uint64_t high = high_word(call.noise, index);
+  if (u.ready && u.tensor == tensor && u.high == high) return;
+  for (int n = 0; n < call.count; ++n) {
+    u.streams[n] = make_stream(call.sources[n].seed, static_cast<uint32_t>(high), tensor,
+                               call.sources[n].purpose);
+    u.streams[n].coefficient = call.sources[n].coefficient;
+  }
+  u.tensor = tensor;
+  u.high = high;
+  u.ready = true;
+}
+
+template <class L>
+static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Block& b, Buffers& u) {
+  prepare_streams(call, tensor, b.index, u);
+  if (call.noise == Noise::gaussian)
+    add_gaussian<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
+  if (call.noise == Noise::rademacher)
+    add_rademacher<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
+  if (call.noise == Noise::hadamard)
+    add_hadamard<L>(u.streams, call.count, u.tables, call.hadamard_scale, b.tile(), b.tiles(),
+                    u.noise);
+  return u.noise + b.lead();
+}
+
+}  // namespace esfast::ESFAST_LANES
