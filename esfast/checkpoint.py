@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 from esfast.errors import ConfigError, EsfastError
 from esfast.resources import require_disk
 
@@ -55,17 +57,17 @@ def save_model(
     target = Path(folder).expanduser().absolute()
     _require_replaceable(target)
     require_disk(target, _weights_bytes(loaded.model) + SMALL_FILES, f"saving a model to {folder}")
-    with new_folder(target) as fresh:
-        try:
+    try:
+        with new_folder(target) as fresh:
             loaded.model.save_pretrained(fresh)
             loaded.tokenizer.save_pretrained(fresh)
             if made is not None:
                 (fresh / ORIGIN).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise EsfastError(
-                f"the model could not be saved to {target}: {_first_line(error)}. Nothing was "
-                f"changed there; mend that, or save to another folder."
-            ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EsfastError(
+            f"the model could not be saved to {target}: {_first_line(error)}. Nothing was changed "
+            f"there; mend that, or save to another folder."
+        ) from error
     return target
 
 

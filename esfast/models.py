@@ -57,7 +57,7 @@ def model_folder(name_or_path: str | Path) -> Path:
 
         return cached_smollm2()
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _local(path)
     is_name = isinstance(name_or_path, str) and HUB_NAME.fullmatch(name)
     if not is_name:
@@ -155,11 +155,11 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    strict: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     reads: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = reads(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **known
-        )
+        # What does not fit is counted below rather than listed over many lines.
+        model, info = reads(folder, dtype=dtype, ignore_mismatched_sizes=True, **strict, **known)
     except Exception as error:  # a model that its library refuses, in whatever way
         raise DataError(
             f"{folder} ({_kind(folder)}) cannot be loaded as a causal language model: "
@@ -168,8 +168,8 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
     if wrong:
         raise DataError(
-            f"{folder} lacks {len(wrong)} of the weights that its config.json asks for, such as "
-            f"{wrong[0]}. Save or fetch the model again."
+            f"{folder} lacks {len(wrong)} of the weights that its config.json asks for, or has them "
+            f"in another shape: {wrong[0]}. Save or fetch the model again."
         )
     try:
         return model, AutoTokenizer.from_pretrained(folder, **known)
