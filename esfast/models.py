@@ -168,7 +168,7 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
     if wrong:
         raise DataError(
-            f"{folder} lacks {len(wrong)} of the weights that its config.json asks for, or has them "
+            f"{folder} lacks {len(wrong)} weights that its config.json asks for, or has them "
             f"in another shape: {wrong[0]}. Save or fetch the model again."
         )
     try:

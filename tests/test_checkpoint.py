@@ -234,7 +234,7 @@ class TestLoading:
         weights = load_file(file)
         del weights["model.layers.1.mlp.up_proj.weight"]
         save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(DataError, match=r"lacks 1 .*model.layers.1.mlp.up_proj") as error:
+        with pytest.raises(DataError, match=r"lacks 1 weights.*model.layers.1.mlp.up_proj") as error:
             load_model(saved)
         one_paragraph(error)
 
