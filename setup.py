@@ -1,9 +1,4 @@
-"""Builds esfast._core: one list of sources and flags, compiled by ninja.
-
-Each CPU target is one small source compiled with its own instruction-set flags; everything else is
-compiled for the architecture's baseline, so that one build runs on every processor of it.
-`CXX` names the compiler; `ESFAST_CXXFLAGS` adds flags (sanitizers, say).
-"""
+"""Builds esfast._core through ninja. `CXX` names the compiler; flags are in build_flags.py."""
 
 from __future__ import annotations
 
@@ -20,32 +15,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["module.cpp", "population.cpp", "segments.cpp", "shaping.cpp"]
-SOURCES += ["cpu/parallel.cpp", "cpu/select.cpp", "cpu/scalar.cpp"]
-# Exactness: no contraction of a * b + c, no fast-math. The other two only drop side effects
-# (errno, exception flags) that would keep sqrt and comparisons from being vectorised.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
-FLAGS += ["-Wall", "-Wextra", "-Werror"]
-FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AVX512 += ["-mavx512vbmi2", "-mavx512vpopcntdq", "-mpopcnt", "-mbmi", "-mbmi2"]
-TARGETS = {
-    "x86_64": {"cpu/avx2.cpp": AVX2, "cpu/avx512.cpp": AVX512},
-    "aarch64": {"cpu/neon.cpp": []},
-}
-TARGETS["AMD64"], TARGETS["arm64"] = TARGETS["x86_64"], TARGETS["aarch64"]
+sys.path.insert(0, str(ROOT))  # build isolation does not put the project's folder there
+
+from build_flags import SOURCES, TARGETS, flags_of  # noqa: E402
 
 
 def is_gcc(compiler: str) -> bool:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     return "clang" not in version.stdout.lower()
-
-
-def flags_of(source: str, target_flags: list[str], gcc: bool) -> list[str]:
-    # GCC 12's AVX-512 header reads its own "undefined" registers (GCC bug 105593).
-    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if gcc and "avx512" in source else []
-    return FLAGS + target_flags + quiet + os.environ.get("ESFAST_CXXFLAGS", "").split()
 
 
 class NinjaBuild(build_ext):

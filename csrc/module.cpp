@@ -136,6 +136,14 @@ void bind_weights(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+  // A bad argument is the user's to mend: esfast.ConfigError, which is a ValueError.
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const std::invalid_argument& bad) {
+      py::set_error(py::module_::import("esfast.errors").attr("ConfigError"), bad.what());
+    }
+  });
   m.doc() = "esfast's C++ core: noise, perturbation, restore, update, checksum, reward shaping.";
   m.attr("noise_version") = 1;
   bind_weights(m);

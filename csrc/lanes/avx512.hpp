@@ -70,8 +70,11 @@ struct Avx512 {
     return _mm512_add_epi64(sum, _mm512_add_epi64(even, odd));
   }
   ESFAST_FN sum64 zero64() { return _mm512_setzero_si512(); }
-  ESFAST_FN uint64_t reduce64(sum64 sum) {
-    return static_cast<uint64_t>(_mm512_reduce_add_epi64(sum));
+  ESFAST_FN uint64_t reduce64(sum64 sum) {  // unsigned: the intrinsic's signed sum overflows
+    uint64_t parts[8], total = 0;
+    _mm512_storeu_si512(parts, sum);
+    for (uint64_t part : parts) total += part;
+    return total;
   }
 
   ESFAST_FN u32 set(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
