@@ -156,8 +156,8 @@ class Anchor:
         if self._layout != table.layout:
             raise ParameterError(
                 f"the anchor was made for another table ({len(self._layout)} segments; this one "
-                f"has {len(table.segments)}, or their names, shapes or starts differ); make the anchor "
-                "from this table."
+                f"has {len(table.segments)}, or their names, shapes or starts differ); make the "
+                "anchor from this table."
             )
         for row, piece in zip(rows, table.pieces, strict=True):
             stored = self._stored[piece.segment]

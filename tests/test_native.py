@@ -69,7 +69,7 @@ def digests(command: list[str], answers: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def native_digest(tmp_path_factory: pytest.TempPathFactory, answers: Path) -> str:
-    """Digest of the random rounds on this machine, under the sanitizers, the same on each target."""
+    """Digest of the random rounds under the sanitizers, the same on each target."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
