@@ -7,12 +7,13 @@
 
 Inside the loop the model is that member; a loop that is left early restores the weights. The
 settings are StrategyConfig's. Seeds derive from (seed, generation, member), so that a run is
-repeated by its settings and its rewards alone.
+repeated by its settings and its rewards alone. With a journal (esfast.replay.keep_journal) every
+generation is on disk before the weights move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from esfast.anchor import Anchor
+from esfast.errors import StateError
+from esfast.journal import JournalWriter
+from esfast.journal_format import GenerationRecord, merged
 from esfast.members import Member
 from esfast.parameters import ParameterTable
 from esfast.strategy import Strategy, StrategyConfig
-from esfast.weights import Weights
+from esfast.weights import UpdateReport, Weights
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class EvolutionStrategy:
             anchor = Anchor.in_memory(table)
         self.weights = Weights(table, memory, anchor, threads)
         self.generation = 0
+        self.journal: JournalWriter | None = None
         self._loop = object()
 
     @property
@@ -69,35 +74,76 @@ class EvolutionStrategy:
         """The settings that the result depends on."""
         return self.strategy.config
 
-    def population(self) -> Iterator[Member]:
+    def population(self, dealt: Iterable[int] | None = None) -> Iterator[Member]:
         """The members of this generation; while one is yielded, the weights are that member's.
 
+        dealt: the numbers of those to take, one at a time, where workers share a population.
         Leaving the loop (break, exception, Ctrl-C) restores the weights; so does `step`.
         """
         self._loop = loop = object()  # a loop that is collected late must leave a newer one alone
         try:
-            for member in self.strategy.members(self.generation):
-                self.weights.perturb(member, self.config.sigma)
-                yield member
+            members = self.strategy.members(self.generation)
+            for number in range(len(members)) if dealt is None else dealt:
+                self.weights.perturb(members[number], self.config.sigma)
+                yield members[number]
         finally:
             if self._loop is loop:
                 self.weights.restore()
 
-    def step(self, rewards: ArrayLike, nan: str = "raise") -> StepReport:
+    def step(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> StepReport:
         """Moves the weights along the noise that scored well, and goes to the next generation.
 
         rewards: one a member in the order of population(), or [population, prompts] with
-        group_centered shaping. Errors (DataError) leave weights and generation as they were.
+        group_centered shaping; failed: how many of them stand in for rewards that failed, for the
+        journal. Errors leave weights and generation as they were (DataError, for one, of rewards);
+        a journal, where there is one, has the generation before the weights move.
         """
+        record = self.decide(rewards, nan, failed)
+        if self.journal is not None:
+            self.journal.append(record)
+        members = tuple(self.strategy.members(self.generation))
+        report = self.apply(record)
         coefficients = self.strategy.coefficients(rewards, nan)
-        members = self.strategy.members(self.generation)
-        report = self.weights.update(
-            members,
-            coefficients,
-            decay=self.config.decay,
+        return StepReport(record.generation, members, coefficients, report.saturated)
+
+    def decide(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> GenerationRecord:
+        """What `step` would do with these rewards, as scalars; changes nothing."""
+        coefficients = self.strategy.coefficients(rewards, nan)
+        _, terms = merged(self.strategy.members(self.generation), coefficients)
+        return GenerationRecord(
+            generation=self.generation,
+            sigma=self.config.sigma,
             alpha=self.config.alpha,
+            decay=self.config.decay,
+            coefficients=terms,
+            rewards=np.array(rewards, dtype=np.float64),
+            failed=failed,
+            checksum=self._due_checksum(),
+        )
+
+    def _due_checksum(self) -> str | None:
+        every = self.journal.header.checksum_every if self.journal is not None else 0
+        due = every and self.generation and self.generation % every == 0
+        if not due:
+            return None
+        self.weights.restore()
+        return self.weights.checksum()
+
+    def apply(self, record: GenerationRecord) -> UpdateReport:
+        """Moves the weights by a record of this generation: `decide`'s, a journal's, or another
+        worker's. StateError for one of another generation."""
+        if record.generation != self.generation:
+            raise StateError(
+                f"a record of generation {record.generation} was given to a run at generation "
+                f"{self.generation}; apply a journal's records in order, each once."
+            )
+        report = self.weights.update(
+            record.terms(self.config),
+            record.coefficients,
+            decay=record.decay,
+            alpha=record.alpha,
             rounding=self.config.rounding,
             seed=self.strategy.generation_seed(self.generation),
         )
         self.generation += 1
-        return StepReport(self.generation - 1, tuple(members), coefficients, report.saturated)
+        return report

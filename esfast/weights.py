@@ -241,6 +241,43 @@ class Weights:
         """
         return f"{self._core.checksum(self.threads):016x}"
 
+    def anchor_checksum(self) -> str | None:
+        """The same of the anchor's elements, in its own dtype; None without an anchor."""
+        if self.anchor is None:
+            return None
+        rows = self.table.rows()
+        self.anchor.fill(rows, self.table)
+        rows["live"], rows["live_dtype"] = rows["anchor"], rows["anchor_dtype"]
+        rows["live_row_stride"], rows["live_column_stride"] = rows["anchor_row_stride"], 1
+        checksum = _core.Table(rows).checksum(self.threads)
+        self.anchor.release()
+        return f"{checksum:016x}"
+
+    def state(self) -> list[torch.Tensor]:
+        """What updates start from, a tensor a segment: fp32 bases ("master"), or the live weights.
+
+        Not copies: read them before the next call.
+        """
+        self.restore()
+        if self.memory == "master":
+            return list(self._bases)
+        return [segment.tensor.detach() for segment in self.table.segments]
+
+    def load_state(self, state: Sequence[torch.Tensor]) -> None:
+        """Takes another run's `state`, in the same order, shapes and dtypes; bits are kept."""
+        own = self.state()
+        if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in own]:
+            raise ParameterError(
+                f"a state of {len(state)} tensors does not fit this table of {len(own)} segments "
+                f'under memory="{self.memory}"; shapes and dtypes must be the same.'
+            )
+        for mine, tensor in zip(own, state, strict=True):
+            mine.copy_(tensor)
+        if self.memory == "master":
+            self._core.refresh(self.threads)
+        elif self._bases:
+            self._core.capture(self.threads)
+
     def expected_bytes(self, sigma: float, noise: str = "gaussian") -> int:
         """Bytes that this memory mode takes beside the weights for members of this sigma.
 

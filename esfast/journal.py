@@ -1,0 +1,399 @@
+"""A run's journal: a file that holds all that ever moved the weights, written before they move.
+
+    journal = JournalWriter.create(path, header)
+    journal.append(record)              # on disk when it returns: now the weights may move
+    read_journal(path).generations      # with the base, these are the run
+
+A record that a kill or a full disk left incomplete at the end is dropped when it is read, and cut
+off when the journal is continued; any other damage raises DataError and names the record. One
+process writes at a time (flock). `export_journal` makes one compressed file of it, to send around.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from esfast.errors import ConfigError, DataError, EsfastError, StateError
+from esfast.journal_format import (
+    CHECK_BYTES,
+    HEAD,
+    HEAD_CHECK_BYTES,
+    MAGIC,
+    GenerationRecord,
+    JournalHeader,
+    Record,
+    SegmentRecord,
+    check_of,
+    decode,
+    decode_header,
+    encode,
+    encode_header,
+    header_end,
+    seal,
+)
+
+JOURNAL = "journal.esj"  # its name in a run's folder
+EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
+_EXPORT = struct.Struct("<8sHQ16s")  # magic, version, bytes and digest of the journal inside
+EXPORT_VERSION = 1
+LARGEST_JOURNAL = 1 << 32  # bytes that an exported journal may unpack to
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A journal as it was read.
+
+    chains: the check value after the header and after each record; whole_bytes: the length without
+    a torn end; torn: what was dropped, in words, or None.
+    """
+
+    header: JournalHeader
+    records: tuple[Record, ...]
+    chains: tuple[bytes, ...]
+    whole_bytes: int
+    torn: str | None = None
+
+    @property
+    def generations(self) -> tuple[GenerationRecord, ...]:
+        """The updates, in order; number n is generation n's."""
+        return tuple(record for record in self.records if isinstance(record, GenerationRecord))
+
+    def chain_at(self, generation: int) -> str:
+        """The check value, in hex, once `generation` generations are recorded."""
+        at = 0
+        for number, record in enumerate(self.records, start=1):
+            if isinstance(record, GenerationRecord) and record.generation < generation:
+                at = number
+        return self.chains[at].hex()
+
+
+def journal_path(run: str | Path) -> Path:
+    """The journal of a run's folder, or the file itself."""
+    path = Path(run).expanduser()
+    return path / JOURNAL if path.is_dir() else path
+
+
+def read_journal(run: str | Path) -> Journal:
+    """The whole journal of a run's folder, of a journal file or of an exported one.
+
+    Raises DataError for a file that is missing, damaged or of another version.
+    """
+    path = journal_path(run)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read the journal '{path}' ({error.strerror or error}); give a run's folder, "
+            f"its {JOURNAL}, or an exported adapter."
+        ) from None
+    return parse(_unpacked(data, str(path)), str(path))
+
+
+def parse(data: bytes, where: str) -> Journal:
+    """A journal from its bytes; `where` names it in errors."""
+    header = decode_header(data, where)
+    at = header_end(data, where)
+    records: list[Record] = []
+    chains = [data[at - CHECK_BYTES : at]]
+    generation = 0
+    while at < len(data):
+        name = f"'{where}': record {len(records)} (at byte {at}, generation {generation})"
+        end = _record_end(data, at, chains[-1], name)
+        if end is None:
+            torn = f"{name} was never written whole; its {len(data) - at} bytes are dropped."
+            return Journal(header, tuple(records), tuple(chains), at, torn)
+        record = _decoded(data[at:end], header, name)
+        generation = _check_order(record, generation, name)
+        records.append(record)
+        chains.append(data[end - CHECK_BYTES : end])
+        at = end
+    return Journal(header, tuple(records), tuple(chains), at)
+
+
+def _record_end(data: bytes, at: int, chain: bytes, name: str) -> int | None:
+    """Where the record at `at` ends; None for a torn one, the file's last."""
+    start = at + HEAD.size + HEAD_CHECK_BYTES
+    if start > len(data) or not any(data[at:]):  # a file system may have left zeros
+        return None
+    head = data[at : at + HEAD.size]
+    if data[at + HEAD.size : start] != check_of(chain, head, HEAD_CHECK_BYTES):
+        raise _damaged(name, "its head does not fit what comes before it")
+    length, _ = HEAD.unpack(head)
+    end = start + int(length) + CHECK_BYTES
+    check = data[end - CHECK_BYTES : end]
+    if end > len(data) or (end == len(data) and not any(check)):
+        return None
+    if check != check_of(chain, head + data[start : end - CHECK_BYTES]):
+        raise _damaged(name, "its check value does not fit its content")
+    return end
+
+
+def _decoded(record: bytes, header: JournalHeader, name: str) -> Record:
+    _, kind = HEAD.unpack_from(record)
+    payload = record[HEAD.size + HEAD_CHECK_BYTES : -CHECK_BYTES]
+    try:
+        return decode(kind, payload, header.config)
+    except (ValueError, IndexError, RecursionError) as error:
+        raise _damaged(name, f"it holds what no journal does: {error}") from None
+
+
+def _check_order(record: Record, generation: int, name: str) -> int:
+    """How many generations there are after `record`."""
+    if record.generation != generation:
+        what = f"it is of generation {record.generation}: records miss or are swapped"
+        raise _damaged(name, what)
+    return generation + isinstance(record, GenerationRecord)
+
+
+def _damaged(name: str, what: str) -> DataError:
+    return DataError(
+        f"{name} is damaged: {what}. Nothing after it can be trusted; take another copy."
+    )
+
+
+class JournalWriter:
+    """Appends records; the only one who may. Make one with `create` or `resume`.
+
+    path: of the file; journal: what it held when it was opened; header: its header.
+    """
+
+    def __init__(self, path: Path, descriptor: int, journal: Journal) -> None:
+        self.path = path
+        self.journal = journal
+        self.header = journal.header
+        self._descriptor: int | None = descriptor
+        self._chain = journal.chains[-1]
+        self._end = journal.whole_bytes
+        self._generation = len(journal.generations)
+        self._generation_chain = journal.chain_at(self._generation)
+
+    @classmethod
+    def create(cls, path: str | Path, header: JournalHeader) -> JournalWriter:
+        """A new journal: there with its whole header, or not at all.
+
+        Raises ConfigError where the file is there already, EsfastError where it cannot be written.
+        """
+        path = Path(path)
+        data = encode_header(header)
+        temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
+        descriptor = _open(temporary, os.O_CREAT | os.O_EXCL)
+        try:
+            _lock(descriptor, path)
+            _write(descriptor, data)
+            os.fsync(descriptor)
+            os.link(temporary, path)  # unlike a rename it never replaces one
+            _sync_folder(path)
+        except FileExistsError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"the journal '{path}' is there already; continue it, or choose another place."
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise _unwritable(path, error) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return cls(path, descriptor, parse(data, str(path)))
+
+    @classmethod
+    def resume(cls, run: str | Path) -> JournalWriter:
+        """A journal to be continued; a torn record at its end is cut off (`journal.torn` tells).
+
+        Raises StateError where another process writes it, DataError as `read_journal` does.
+        """
+        path = journal_path(run)
+        descriptor = _open(path, 0)
+        try:
+            _lock(descriptor, path)
+            journal = parse(path.read_bytes(), str(path))
+            os.ftruncate(descriptor, journal.whole_bytes)
+            os.fsync(descriptor)  # a killed writer may have left its last record unsynced
+            os.lseek(descriptor, journal.whole_bytes, os.SEEK_SET)
+        except OSError as error:
+            os.close(descriptor)
+            raise _unwritable(path, error) from None
+        except EsfastError:
+            os.close(descriptor)
+            raise
+        return cls(path, descriptor, journal)
+
+    @property
+    def generation(self) -> int:
+        """How many generations are recorded."""
+        return self._generation
+
+    def append(self, record: Record) -> None:
+        """On disk when this returns; raises EsfastError with the journal as it was before.
+
+        A record of another generation than the next one is refused (StateError).
+        """
+        if self._descriptor is None:
+            raise StateError(f"the journal '{self.path}' is closed; continue it to append to it.")
+        if record.generation != self._generation:
+            raise StateError(
+                f"the journal '{self.path}' is at generation {self._generation}, and a record of "
+                f"{record.generation} was to be appended; the run and its journal are apart."
+            )
+        kind, payload = encode(record)
+        try:
+            decode(kind, payload, self.header.config)
+        except ValueError as error:
+            raise StateError(
+                f"generation {record.generation} cannot be recorded, and was not: {error}."
+            ) from None
+        data, chain = seal(self._chain, kind, payload)
+        try:
+            _write(self._descriptor, data)
+            os.fsync(self._descriptor)
+        except BaseException as error:
+            self._take_back()
+            if isinstance(error, OSError):
+                raise _unwritable(self.path, error) from None
+            raise
+        self._chain, self._end = chain, self._end + len(data)
+        if isinstance(record, GenerationRecord):
+            self._generation += 1
+            self._generation_chain = chain
+
+    def _take_back(self) -> None:
+        assert self._descriptor is not None
+        try:
+            os.ftruncate(self._descriptor, self._end)
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+        except OSError:
+            self.close()  # a torn end: the next `resume` cuts it off
+
+    @property
+    def chain(self) -> str:
+        """The check value, in hex, after the last generation's record: `Journal.chain_at` there."""
+        return self._generation_chain
+
+    def close(self) -> None:
+        """Gives the lock up; twice does no harm."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> JournalWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def export_journal(journal: Journal, path: str | Path) -> int:
+    """Writes the updates alone (no rewards, no settings of the run) as one compressed file.
+
+    It holds what `read_journal` takes and what leads to the same weights. Replaces `path` at once;
+    returns its size in bytes. Raises EsfastError where it cannot be written.
+    """
+    header = encode_header(journal.header)
+    plain = _sealed(header, (r for r in journal.records if not isinstance(r, SegmentRecord)))
+    data = _EXPORT.pack(EXPORT_MAGIC, EXPORT_VERSION, len(plain), check_of(b"", plain, 16))
+    data += zlib.compress(plain, 9)
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target)
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return len(data)
+
+
+def _sealed(header: bytes, records: Iterable[Record]) -> bytes:
+    parts, chain = [header], header[-CHECK_BYTES:]
+    for record in records:
+        if isinstance(record, GenerationRecord):
+            record = _without_rewards(record)
+        data, chain = seal(chain, *encode(record))
+        parts.append(data)
+    return b"".join(parts)
+
+
+def _without_rewards(record: GenerationRecord) -> GenerationRecord:
+    return GenerationRecord(**{**vars(record), "rewards": None})
+
+
+def _unpacked(data: bytes, where: str) -> bytes:
+    """The journal inside an exported file; any other data as it is."""
+    if not data.startswith(EXPORT_MAGIC):
+        return data
+    damaged = DataError(
+        f"'{where}': the compressed records of this exported journal are damaged or cut off; take "
+        "another copy of the file."
+    )
+    if len(data) < _EXPORT.size:
+        raise damaged
+    _, version, length, digest = _EXPORT.unpack_from(data)
+    if version != EXPORT_VERSION:
+        raise DataError(
+            f"'{where}' is an exported journal of version {version}, and this esfast knows "
+            f"{EXPORT_VERSION}; use the esfast that wrote it (or its header is damaged)."
+        )
+    if length > LARGEST_JOURNAL:
+        raise damaged
+    try:
+        unpacking = zlib.decompressobj()
+        plain = unpacking.decompress(data[_EXPORT.size :], length + 1)
+    except zlib.error:
+        raise damaged from None
+    whole = unpacking.eof and not unpacking.unused_data and len(plain) == length
+    if not whole or not plain.startswith(MAGIC) or check_of(b"", plain, 16) != digest:
+        raise damaged
+    return plain
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+    except FileNotFoundError:
+        if flags:
+            raise _unwritable(path, FileNotFoundError(2, "no such folder")) from None
+        raise DataError(f"there is no journal '{path}'; name the folder of a run.") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StateError(
+            f"another process writes the journal '{path}'; wait for it or stop it first."
+        ) from None
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> EsfastError:
+    return EsfastError(
+        f"cannot write '{path}': {error.strerror or error}. What was written before is whole; free "
+        "some space or choose another folder."
+    )

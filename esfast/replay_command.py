@@ -1,0 +1,130 @@
+"""A fine-tune from its journal alone: `esfast replay`, `esfast apply`, `esfast export-adapter`.
+
+    esfast replay RUN --base MODEL --output DIR         base + journal -> a Hugging Face folder
+    esfast export-adapter RUN -o tuned.esj              the journal, compressed: to send around
+    esfast apply tuned.esj --base MODEL --output DIR    replay, with every checksum compared
+
+The base has to be the run's to the bit, in the dtype that it was trained in (both are checked).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from esfast.checkpoint import save_model
+from esfast.errors import ConfigError
+from esfast.evolution import EvolutionStrategy
+from esfast.journal import Journal, export_journal, read_journal
+from esfast.journal_format import JournalHeader
+from esfast.models import load_model
+from esfast.provenance import provenance
+from esfast.replay import replay, strategy_of
+from esfast.weights import MEMORIES
+
+
+def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast replay`."""
+    parser.add_argument("run", help="run folder, or its journal.esj")
+    _add_target_flags(parser)
+    parser.add_argument("--until", type=int, default=None, help="generations; all if not given")
+    parser.add_argument("--verify", action="store_true", help="compare every recorded checksum")
+
+
+def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast apply`."""
+    parser.add_argument("run", metavar="adapter", help="file made by esfast export-adapter")
+    _add_target_flags(parser)
+    parser.set_defaults(until=None, verify=True)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast export-adapter`."""
+    parser.add_argument("run", help="run folder, or its journal.esj")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="such as tuned.esj")
+
+
+def _add_target_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="MODEL", help="the run's --model")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
+    parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    """Writes the tuned model; also `esfast apply`. Refuses what it can before loading."""
+    console = Console()
+    journal = read_journal(args.run)
+    done = len(journal.generations)
+    until = done if args.until is None else args.until
+    if not 0 <= until <= done:
+        raise ConfigError(f"--until is {until}, and the journal holds generations 0 to {done}.")
+    if journal.torn is not None:
+        _say(console, journal.torn)
+    loaded = load_model(args.base, dtype=_dtype(journal.header))
+    es = strategy_of(journal, loaded.model, loaded.folder, args.memory, args.threads)
+    compared = _with_bar(console, es, journal, until, args.verify)
+    checksum = es.weights.checksum()
+    folder = save_model(loaded, args.output, _made(args, journal, until, checksum))
+    checked = f", {compared} recorded checksums compared" if args.verify else ""
+    _say(console, f"{until} generations replayed{checked}; weights {checksum} in {folder}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Writes the compressed journal."""
+    journal = read_journal(args.run)
+    if journal.torn is not None:
+        _say(Console(), journal.torn)
+    size = export_journal(journal, args.output)
+    _say(
+        Console(),
+        f"{len(journal.generations)} generations in {args.output}: {size} bytes, against "
+        f"{_weights_bytes(journal.header)} of weights. Give it with the name of its base model, "
+        f"{journal.header.run.get('model', 'which it does not hold')}.",
+    )
+    return 0
+
+
+def _dtype(header: JournalHeader) -> torch.dtype:
+    """Of most of the weights; a tensor that the model keeps in another is kept in it again."""
+    counts: Counter[str] = Counter()
+    for tensor in header.tensors:
+        counts[tensor.dtype] += prod(tensor.shape)
+    return getattr(torch, counts.most_common(1)[0][0]) if counts else torch.bfloat16
+
+
+def _weights_bytes(header: JournalHeader) -> int:
+    return sum(prod(t.shape) * (4 if t.dtype == "float32" else 2) for t in header.tensors)
+
+
+def _with_bar(
+    console: Console, es: EvolutionStrategy, journal: Journal, until: int, verify: bool
+) -> int:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("replaying generations", total=until)
+        return replay(es, journal, until, verify, lambda n: bar.update(task, completed=n))
+
+
+def _made(args: argparse.Namespace, journal: Journal, until: int, checksum: str) -> dict[str, Any]:
+    return {
+        "made": provenance(),
+        "base": str(args.base),
+        "base_checksum": journal.header.base_checksum,
+        "journal": Path(args.run).name,
+        "chain": journal.chain_at(until),
+        "generations": until,
+        "checksum": checksum,
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
