@@ -19,9 +19,9 @@ struct Rule {
   bool stochastic;
 };
 
-template <class L, class Live, class Base>
-ESFAST_FN typename L::u32 perturb(typename L::u32 base, typename L::f32 eps, float scale) {
-  return Live::template nearest<L>(L::fma(eps, L::setf(scale), Base::template widen<L>(base)));
+template <class L, class Base>
+ESFAST_FN typename L::f32 perturbed(typename L::u32 base, typename L::f32 eps, float scale) {
+  return L::fma(eps, L::setf(scale), Base::template widen<L>(base));
 }
 
 // acc + eps * c for eps of +1 or -1, given as the sign bits: exact, so it equals the fma.

@@ -45,6 +45,10 @@ struct Float32 {
     return canonical<L>(t);
   }
   template <class L>
+  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
+    return nearest<L>(t);
+  }
+  template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {
     return L::as_bits(t);
   }
@@ -73,12 +77,18 @@ struct BFloat16 {
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
     return L::as_float(bits);
   }
-  // bits + 0x7FFF + (lowest kept bit). Not the bf16 conversion instruction: it flushes subnormals.
+  // In integers: the bf16 conversion instruction flushes subnormals.
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
     const auto bits = canonical<L>(t);
     const auto tie = L::and_(L::template shr<16>(bits), L::set(1));
     return upper<L>(L::add(L::add(bits, L::set(0x7FFFu)), tie));
+  }
+  // As nearest, with undefined bits below, which `store` drops. On AVX-512 it takes a mask register
+  // for the tie, which lean memory's exceptions need more: there `nearest` is the faster one.
+  template <class L>
+  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
+    return L::round_even(canonical<L>(t));
   }
   // As nearest, but a NaN keeps what fits of its payload: a master's copy of a bf16 NaN goes back.
   template <class L>
@@ -139,6 +149,10 @@ struct Float16 {
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
     return L::to_half(L::as_float(canonical<L>(t)));
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
+    return nearest<L>(t);
   }
   template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {  // as BFloat16::narrow

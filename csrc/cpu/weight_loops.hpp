@@ -12,7 +12,8 @@ static void perturb_block(const Block& b, const float* noise, float scale) {
     Base::template load<L>(b.base + i * Base::bytes, base);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
-      live[j] = perturb<L, Live, Base>(base[j], L::loadf(noise + i + j * L::width), scale);
+      live[j] = Live::template to_store<L>(
+          perturbed<L, Base>(base[j], L::loadf(noise + i + j * L::width), scale));
     Live::template store<L>(b.live + i * Live::bytes, live);
   }
 }
@@ -31,8 +32,8 @@ static uint8_t* perturb_group(uint8_t* live, const float* noise, int count, floa
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j) {
       const auto eps = L::loadf(noise + i + j * L::width);
-      now[j] = perturb<L, T, T>(old[j], eps, scale);
-      const auto back = perturb<L, T, T>(now[j], eps, -scale);
+      now[j] = T::template nearest<L>(perturbed<L, T>(old[j], eps, scale));
+      const auto back = T::template nearest<L>(perturbed<L, T>(now[j], eps, -scale));
       same |= L::bits_of(L::equal(back, old[j])) << (j * L::width);
     }
     const uint32_t mark = kAll<L> & ~same;
@@ -56,7 +57,8 @@ static const uint8_t* restore_group(uint8_t* live, const float* noise, int count
     T::template load<L>(at, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
-      v[j] = perturb<L, T, T>(v[j], L::loadf(noise + i + j * L::width), -scale);
+      v[j] = T::template to_store<L>(
+          perturbed<L, T>(v[j], L::loadf(noise + i + j * L::width), -scale));
     T::template store<L>(at, v);
     from = L::template expand<T::bytes>(at, static_cast<uint32_t>(marks >> i) & kAll<L>, from);
   }
@@ -155,7 +157,7 @@ static uint32_t update_block(const Block& b, const float* acc, const float* anch
       const int at = i + j * L::width;
       v[j] = update<L, Base>(Base::template widen<L>(v[j]), L::loadf(acc + at),
                              L::loadf(anchor + at), L::load16(random + at), rule, saturated);
-      live[j] = Live::template nearest<L>(Base::template widen<L>(v[j]));
+      live[j] = Live::template to_store<L>(Base::template widen<L>(v[j]));
     }
     Base::template store<L>(b.base + i * Base::bytes, v);
     if (mirrored) Live::template store<L>(b.live + i * Live::bytes, live);

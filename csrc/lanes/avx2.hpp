@@ -99,6 +99,7 @@ struct Avx2 {
   ESFAST_FN u32 shr(u32 a) {
     return _mm256_srli_epi32(a, N);
   }
+  ESFAST_FN u32 round_even(u32 a) { return add(add(a, set(0x7FFFu)), and_(shr<16>(a), set(1))); }
   ESFAST_FN u32 signs(uint32_t bits) {
     const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     return and_(_mm256_sllv_epi32(set(bits), shift), set(0x80000000u));

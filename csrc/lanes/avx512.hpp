@@ -109,6 +109,11 @@ struct Avx512 {
   ESFAST_FN u32 shr(u32 a) {
     return _mm512_srli_epi32(a, N);
   }
+  ESFAST_FN u32 round_even(u32 a) {
+    const mask odd = _mm512_test_epi32_mask(a, set(0x10000u));
+    const __m512i half = add(a, set(0x7FFFu));
+    return _mm512_mask_add_epi32(half, odd, half, set(1));
+  }
   ESFAST_FN u32 signs(uint32_t bits) {
     return _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), INT32_MIN);
   }

@@ -92,6 +92,7 @@ struct Neon {
   ESFAST_FN u32 shr(u32 a) {
     return vshrq_n_u32(a, N);
   }
+  ESFAST_FN u32 round_even(u32 a) { return add(add(a, set(0x7FFFu)), and_(shr<16>(a), set(1))); }
   ESFAST_FN u32 signs(uint32_t bits) {
     const int32_t shift[4] = {31, 30, 29, 28};
     return and_(vshlq_u32(set(bits), vld1q_s32(shift)), set(0x80000000u));

@@ -85,6 +85,8 @@ struct Scalar {
   ESFAST_FN u32 shr(u32 a) {
     return a >> N;
   }
+  // a + 0x7FFF + bit 16 of a: its upper half is then a rounded to nearest even.
+  ESFAST_FN u32 round_even(u32 a) { return add(add(a, set(0x7FFFu)), and_(shr<16>(a), set(1))); }
   // Bit j of `bits` as the sign bit of lane j.
   ESFAST_FN u32 signs(uint32_t bits) { return bits << 31; }
   ESFAST_FN u32 popcount(u32 a) {
