@@ -141,7 +141,11 @@ PYBIND11_MODULE(_core, m) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const std::invalid_argument& bad) {
-      py::set_error(py::module_::import("esfast.errors").attr("ConfigError"), bad.what());
+      const py::dict loaded = py::module_::import("sys").attr("modules");
+      const bool alone = !loaded.contains("esfast.errors");  // the core without its package
+      py::set_error(alone ? py::reinterpret_borrow<py::object>(PyExc_ValueError)
+                          : loaded["esfast.errors"].attr("ConfigError"),
+                    bad.what());
     }
   });
   m.doc() = "esfast's C++ core: noise, perturbation, restore, update, checksum, reward shaping.";
