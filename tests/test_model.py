@@ -1,6 +1,6 @@
 """A thousand members on the real SmolLM2-135M, in every dtype and both memory modes: no bit moves.
 
-Slow (about three minutes a case on two cores) and in need of the model, so it runs with
+Slow (one to three minutes a case) and in need of the model, so it runs with
 `pytest -m slow`; test_weights.py does twenty cycles on made-up weights by default.
 ESFAST_TEST_MODEL names a Hugging Face folder to use in place of the one `esfast train` fetches.
 """
