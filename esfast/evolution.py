@@ -87,8 +87,15 @@ class EvolutionStrategy:
                 self.weights.perturb(members[number], self.config.sigma)
                 yield members[number]
         finally:
-            if self._loop is loop:
-                self.weights.restore()
+            try:
+                self._leave(loop)
+            except BaseException:  # a Ctrl-C that falls between this block and its restore
+                self._leave(loop)
+                raise
+
+    def _leave(self, loop: object) -> None:
+        if self._loop is loop:
+            self.weights.restore()
 
     def step(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> StepReport:
         """Moves the weights along the noise that scored well, and goes to the next generation.

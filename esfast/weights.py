@@ -59,6 +59,12 @@ def available_bytes() -> int | None:
         return None
 
 
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: what this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _scale(sign: int, sigma: float) -> float:
     if not _SMALLEST <= sigma <= _LARGEST:
         raise ConfigError(f"sigma is {sigma!r}; it is a positive number that fp32 can hold.")
@@ -86,7 +92,7 @@ class Weights:
         self.table = table
         self.memory = memory
         self.anchor = anchor
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _usable_cores()
         self._records = _core.Records()
         self._perturbed = False
         self._bases: list[torch.Tensor] = []
