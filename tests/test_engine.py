@@ -293,3 +293,14 @@ def test_it_is_an_engine(model: Any, tokenizer: Any) -> None:
     table = engine.table()
     assert table is engine.table()
     assert set(table.names) == set(dict(model.named_parameters()))
+
+
+def test_the_output_matrix_gets_its_input_in_one_piece(tokenizer: Any, monkeypatch: Any) -> None:
+    """Over frozen weights a strided input makes torch repeat the matrix once a row."""
+    frozen = llama().requires_grad_(False)
+    head = frozen.get_output_embeddings()
+    whole, forward = [], head.forward
+    monkeypatch.setattr(head, "forward", lambda x: (whole.append(x.is_contiguous()), forward(x))[1])
+    TransformersEngine(frozen, tokenizer).generate(PROMPTS, Sampling(3))
+    assert whole and all(whole)
+    assert not head._forward_pre_hooks

@@ -120,7 +120,11 @@ class TransformersEngine:
         if training:
             self.model.train(False)
         try:
-            with torch.inference_mode(), short_row_attention(self.model):
+            with (
+                torch.inference_mode(),
+                short_row_attention(self.model),
+                _packed_head_inputs(self.model),
+            ):
                 yield
         except torch.OutOfMemoryError as error:
             raise EsfastError(
@@ -130,6 +134,24 @@ class TransformersEngine:
         finally:
             if training:
                 self.model.train()
+
+
+@contextmanager
+def _packed_head_inputs(model: PreTrainedModel) -> Iterator[None]:
+    """Hand the last hidden states to the output matrix in one piece.
+
+    They are a strided view, and over a frozen matrix torch's linear answers that by repeating the
+    matrix once a row: 3.4 GB and 5 s for 64 rows of SmolLM2, against 74 KB copied here.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    packed = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        packed.remove()
 
 
 def _check(model: Any, tokenizer: Any, batch_size: int, no_template: bool | None) -> None:
