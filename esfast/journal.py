@@ -261,7 +261,7 @@ class JournalWriter:
         self._chain, self._end = chain, self._end + len(data)
         if isinstance(record, GenerationRecord):
             self._generation += 1
-            self._generation_chain = chain
+            self._generation_chain = chain.hex()
 
     def _take_back(self) -> None:
         assert self._descriptor is not None

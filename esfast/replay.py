@@ -29,6 +29,7 @@ from esfast.journal_format import (
     TensorSpec,
 )
 from esfast.parameters import ParameterTable
+from esfast.snapshots import load_snapshot
 from esfast.weights import Weights
 
 
@@ -189,6 +190,27 @@ def _require_checksum(es: EvolutionStrategy, recorded: str) -> None:
         )
 
 
+def catch_up(
+    es: EvolutionStrategy,
+    journal: Journal,
+    snapshots: Path | None = None,
+    note: Callable[[str], None] = warnings.warn,
+    after: Callable[[int], None] = lambda generation: None,
+) -> None:
+    """Brings `es`, made over the base, to the end of a journal, comparing every checksum on the way.
+
+    snapshots: a folder whose newest usable snapshot replay may start from; note: told what was
+    passed over or dropped; after: called with the generations done. Errors as of `require_base` and
+    `replay`, before the weights change where the base is another.
+    """
+    if journal.torn is not None:
+        note(journal.torn)
+    require_base(journal.header, es)
+    if snapshots is not None:
+        es.generation = load_snapshot(snapshots, es.weights, journal, note)
+    replay(es, journal, verify=True, after=after)
+
+
 def keep_journal(
     es: EvolutionStrategy,
     path: str | Path,
@@ -207,11 +229,8 @@ def keep_journal(
         return es.journal
     writer = JournalWriter.resume(path)
     try:
-        if writer.journal.torn is not None:
-            warnings.warn(writer.journal.torn, stacklevel=2)
         require_settings(writer.header, es)
-        require_base(writer.header, es)
-        replay(es, writer.journal, verify=True)
+        catch_up(es, writer.journal)
         writer.append(SegmentRecord(es.generation, dict(run or {})))
     except BaseException:
         writer.close()
