@@ -14,7 +14,11 @@
 
 #if defined(__CUDACC__)
 #define ESFAST_FN static __host__ __device__ __forceinline__
+#if defined(__CUDA_ARCH__)
 #define ESFAST_UNROLL _Pragma("unroll")
+#else
+#define ESFAST_UNROLL
+#endif
 #elif defined(__clang__)
 #define ESFAST_FN static inline __attribute__((always_inline))
 #define ESFAST_UNROLL _Pragma("unroll")

@@ -1,0 +1,114 @@
+// Perturb from a base copy, capture, refresh and checksum; what devices there are.
+#include "launch.hpp"
+#include "tile_loop.hpp"
+
+namespace esfast::cuda {
+
+using namespace device;
+
+namespace {
+
+constexpr int kThreads = 128;
+
+template <Noise noise>
+__global__ void __launch_bounds__(kThreads, 7) perturb_kernel(Tiles table, Perturbation p) {
+  for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
+    perturb_tile<noise>(s, lane_of(s, tile, lane), p);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 7) capture_kernel(Tiles table) {
+  for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
+    capture_tile(s, lane_of(s, tile, lane));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 7) refresh_kernel(Tiles table) {
+  for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
+    refresh_tile(s, lane_of(s, tile, lane));
+  });
+}
+
+// Sums modulo 2^64, so that the order of the atomic additions leaves no trace.
+__global__ void __launch_bounds__(kThreads, 7)
+    checksum_kernel(Tiles table, unsigned long long* out) {
+  uint64_t sum = 0;
+  for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
+    sum += hash_tile(s, lane_of(s, tile, lane));
+  });
+  for (uint32_t distance = kWarp / 2; distance; distance /= 2)
+    sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);
+  if (threadIdx.x % kWarp == 0) atomicAdd(out, static_cast<unsigned long long>(sum));
+}
+
+}  // namespace
+
+std::vector<std::string> devices() {
+  int count = 0;  // an error leaves it as it is
+  if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+  cudaGetLastError();  // "no driver" is no error of the next launch
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) == cudaSuccess)
+      names.emplace_back(std::string(properties.name) + ", sm_" +
+                         std::to_string(properties.major) + std::to_string(properties.minor) +
+                         ", " + std::to_string(properties.totalGlobalMem >> 20) + " MiB");
+  }
+  return names;
+}
+
+cudaError_t load_weights() {
+  for (const cudaError_t error :
+       {load(perturb_kernel<Noise::gaussian>), load(perturb_kernel<Noise::rademacher>),
+        load(perturb_kernel<Noise::hadamard>), load(capture_kernel), load(refresh_kernel),
+        load(checksum_kernel)})
+    if (error != cudaSuccess) return error;
+  return cudaSuccess;
+}
+
+Status prepare(int device) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error(), "choosing the device");
+  for (const cudaError_t error : {load_weights(), load_lean(), load_update(device), load_shaping()})
+    if (error != cudaSuccess) return status_of(error, "loading the kernels");
+  return {};
+}
+
+Status perturb(const Place& place, const PerturbCall& call) {
+  const Perturbation p = perturbation_of(call);
+  constexpr Shape shape{kThreads, 0};
+  constexpr const char* what = "perturb";
+  switch (call.noise) {
+    case Noise::rademacher:
+      return launch<perturb_kernel<Noise::rademacher>>(place, place.tiles, shape, what,
+                                                       tiles_of(place), p);
+    case Noise::hadamard:
+      return launch<perturb_kernel<Noise::hadamard>>(place, place.tiles, shape, what,
+                                                     tiles_of(place), p);
+    default:
+      return launch<perturb_kernel<Noise::gaussian>>(place, place.tiles, shape, what,
+                                                     tiles_of(place), p);
+  }
+}
+
+Status capture(const Place& place) {
+  return launch<capture_kernel>(place, place.tiles, {kThreads, 0}, "capture", tiles_of(place));
+}
+
+Status refresh(const Place& place) {
+  return launch<refresh_kernel>(place, place.tiles, {kThreads, 0}, "refresh", tiles_of(place));
+}
+
+Status checksum(const Place& place, uint64_t sum) {
+  const DeviceGuard guard(place.device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error(), "choosing the device");
+  auto* out = reinterpret_cast<unsigned long long*>(sum);
+  const Status zeroed = status_of(
+      cudaMemsetAsync(out, 0, 8, reinterpret_cast<cudaStream_t>(place.stream)), "checksum");
+  if (!zeroed.ok()) return zeroed;
+  return launch<checksum_kernel>(place, place.tiles, {kThreads, 0}, "checksum", tiles_of(place),
+                                 out);
+}
+
+}  // namespace esfast::cuda
