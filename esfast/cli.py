@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from esfast import __version__, info
 from esfast.errors import EsfastError
+from esfast.measure import process_seconds
 from esfast.train_command import add_train_arguments, run_train
 
 INTERRUPTED = 130
@@ -32,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code (argparse's own exits raise SystemExit)."""
     args = build_parser().parse_args(argv)
+    args.started_before = process_seconds() if argv is None else 0.0
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

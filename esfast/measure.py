@@ -7,6 +7,7 @@ start is all there is), and on CUDA the peak of the allocator.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -30,8 +31,11 @@ LOOP = (GENERATION, SCORING, PERTURB, UPDATE, RECORDS)
 class Clock:
     """Laps: every second since the start belongs to exactly one name."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: float = 0.0) -> None:
+        """Starts now; `earlier` seconds before that are counted as setup."""
         self.seconds: dict[str, float] = defaultdict(float)
+        if earlier > 0:
+            self.seconds[SETUP] = earlier
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> float:
@@ -47,6 +51,16 @@ class Clock:
         total = sum(self.seconds[name] for name in names)
         inside = sum(self.seconds[name] for name in names if name in INSIDE)
         return 1.0 - inside / total if total > 0 else 0.0
+
+
+def process_seconds() -> float:
+    """The age of this process: importing torch and transformers takes seconds. 0 if unknown."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def reset_peak() -> bool:

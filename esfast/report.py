@@ -23,8 +23,10 @@ def print_result(console: Console, result: TrainResult, folder: Path) -> None:
 
 def _held_out_lines(result: TrainResult) -> list[str]:
     before, after, rise = result.before, result.after, result.rise
-    if before is None or after is None or rise is None:
+    if before is None:
         return ["", "no held-out prompts were answered"]
+    if after is None or rise is None:
+        return ["", f"held-out score  {before.text()} before; not measured since"]
     lines = [
         "",
         f"held-out score  {before.text()} -> {after.text()}   95 % intervals, "
@@ -42,9 +44,9 @@ def _share(held_out: HeldOut) -> str:
 
 
 def _sample_lines(result: TrainResult) -> list[str]:
-    lines: list[str] = []
     if result.before is None or result.after is None:
-        return lines
+        return []
+    lines = []
     for index, example in enumerate(result.prompts[:SAMPLES_SHOWN]):
         last = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
         lines += [

@@ -181,7 +181,7 @@ class Trainer:
         """What generating costs without training is measured before any ES structure exists."""
         self.clock.lap(SETUP)
         can_measure = reset_peak()
-        self._before = self._after = self._evaluate(0)
+        self._before = self._evaluate(0)
         self.progress.note(
             f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
         )
@@ -320,20 +320,17 @@ class Trainer:
             self.engine.weights_changed()
 
     def _samples(self) -> list[dict[str, Any]]:
-        before, after = self._before, self._after
-        if before is None or after is None:
-            return []
-        return [
-            {
-                "prompt": example.prompt,
-                "before": before.completions[index],
-                "score_before": before.scores[index].value,
-                "after": after.completions[index],
-                "score_after": after.scores[index].value,
-                "after_generation": after.generation,
-            }
-            for index, example in enumerate(self._held_out[:SAMPLES_SHOWN])
-        ]
+        """Answers before and after (the last that were measured), with their scores."""
+        samples: list[dict[str, Any]] = []
+        for index, example in enumerate(self._held_out[:SAMPLES_SHOWN]):
+            sample: dict[str, Any] = {"prompt": example.prompt}
+            for when, held_out in (("before", self._before), ("after", self._after)):
+                if held_out is not None:
+                    answer, score = held_out.completions[index], held_out.scores[index].value
+                    generation = held_out.generation
+                    sample[when] = {"answer": answer, "score": score, "generation": generation}
+            samples.append(sample)
+        return samples
 
     def _finish(self, status: str) -> TrainResult:
         """Samples, model, loggers, and last the summary."""

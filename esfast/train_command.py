@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
@@ -105,7 +106,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     """The run; returns the exit code. What can be refused is refused before a model is loaded."""
-    clock = Clock()
+    clock = Clock(args.started_before)
     strategy = _strategy(args)
     require_packages(args.log_to)
     task = _task(args)
@@ -134,12 +135,15 @@ def _train(
         clock=clock,
     )
     result = trainer.run()
-    console = trainer.progress.console
-    print_result(console, result, output)
+    print_result(trainer.progress.console, result, output)
     if args.plots:
         plots.draw_run(output)
     if result.status == "interrupted":
-        console.print(f"interrupted: {output} holds generation {result.generations}", style="bold")
+        print(
+            f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
+            f"{config.generations}.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     return 0
 

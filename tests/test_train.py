@@ -24,7 +24,7 @@ from esfast import (
 from esfast.engines.base import Completion, Sampling
 from esfast.held_out import HeldOut, rise, wilson
 from esfast.loggers import make_loggers, require_packages
-from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock
+from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, process_seconds
 from esfast.plots import draw_run
 from esfast.progress import RunProgress
 from esfast.report import print_result
@@ -133,8 +133,8 @@ def test_a_run_learns_and_writes_down_what_happened(tmp_path):
     assert summary["held_out_after"]["score"] == result.after.mean
     assert summary["rise_in_standard_errors"] == result.rise[1]
     samples = json.loads((run / "samples.json").read_text())
-    assert len(samples) == 4 and samples[1]["before"] == "0"
-    assert samples[1]["after"] == result.after.completions[1] != "0"
+    assert len(samples) == 4 and samples[1]["before"]["answer"] == "0"
+    assert samples[1]["after"]["answer"] == result.after.completions[1] != "0"
 
 
 def test_generations_hold_all_that_the_update_needs(tmp_path):
@@ -194,6 +194,9 @@ def test_ctrl_c_leaves_the_last_whole_generation(tmp_path, call, whole):
     trainer = make_trainer(tmp_path, NumberEngine(interrupt_at(call)), saved=saved)
     result = trainer.run()
     assert (result.status, result.generations) == ("interrupted", whole)
+    assert result.before is not None and (result.after is not None) == (whole >= 2)
+    print_result(trainer.progress.console, result, tmp_path / "run")
+    assert ("not measured since" in shown(trainer)) == (whole < 2)
     if whole:
         assert torch.equal(trainer.engine.weights, weights_after(tmp_path, whole))
     else:
@@ -374,3 +377,8 @@ def test_every_second_has_one_name(monkeypatch):
     assert clock.seconds == {GENERATION: 1.0, SCORING: 3.0, UPDATE: 0.5, "setup": 0.5}
     assert clock.outside_share() == pytest.approx(0.5 / 4.5)
     assert set(INSIDE) < set(LOOP)
+
+
+def test_the_time_before_a_clock_starts_can_be_told():
+    assert Clock(earlier=2.5).seconds == {"setup": 2.5}
+    assert process_seconds() > 0.1 or not Path("/proc/uptime").exists()
