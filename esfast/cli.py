@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NoReturn
 
+import torch
+
 from esfast import __version__, info
 from esfast.errors import EsfastError
 from esfast.measure import process_seconds
@@ -20,6 +22,9 @@ from esfast.train_command import add_train_arguments, run_train
 
 INTERRUPTED = 130
 MENDABLE = 2
+LESS_MEMORY = (
+    "Choose a smaller model, a narrower --dtype, --memory lean, or a smaller --batch-size."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except EsfastError as error:
         return _say(str(error), MENDABLE)
-    except MemoryError as error:
-        return _say(f"not enough memory ({error or 'an allocation failed'}).", MENDABLE)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        what = str(error).strip().splitlines()[0:1] or ["an allocation failed"]
+        return _say(f"not enough memory ({what[0]}). {LESS_MEMORY}", MENDABLE)
     except KeyboardInterrupt:
         return _say("interrupted; nothing was running yet, or it has been put away.", INTERRUPTED)
 
@@ -72,6 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("info", help="versions, targets, devices, build")
     shown.set_defaults(run=_run_info)
     return parser
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """torch says it on a CPU with a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)
 
 
 def _run_info(_: argparse.Namespace) -> int:

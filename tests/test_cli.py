@@ -95,13 +95,27 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run("train")
 
 
-def test_too_little_memory_is_said(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("5 GB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 GB\nframe 1"),
+    ],
+)
+def test_memory_that_runs_out_is_said(monkeypatch, capsys, error):
     def broken(args):
-        raise MemoryError("5 GB for the base copy")
+        raise error
 
     monkeypatch.setattr(cli, "run_train", broken)
     assert run("train") == 2
-    assert "not enough memory (5 GB for the base copy)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "not enough memory (" in err and "5 GB" in err and "frame" not in err
+
+
+def test_too_little_memory_is_said_before_the_model_is_loaded(vowels, monkeypatch, capsys):
+    monkeypatch.setattr("esfast.resources.available_memory", lambda: 1000)
+    assert run(*vowels) == 2
+    assert "of memory" in capsys.readouterr().err and not Path("run").exists()
 
 
 def test_info_says_what_is_there(capsys):
