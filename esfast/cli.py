@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code (argparse's own exits raise SystemExit)."""
     args = build_parser().parse_args(argv)
     args.started_before = process_seconds() if argv is None else 0.0
+    args.command_line = ["esfast", *(sys.argv[1:] if argv is None else argv)]
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import subprocess
-import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,14 +16,14 @@ from esfast import _core
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
-def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Versions, target, command line (this process's by default), commit if known, time in UTC."""
+def provenance(command: list[str]) -> dict[str, Any]:
+    """Versions, target, command line, commit if known, time in UTC; plain JSON values."""
     return {
         "esfast": esfast.__version__,
         "noise_version": int(esfast.NOISE_VERSION),
         "target": _core.target(),
         "commit": commit(),
-        "command": shlex.join(command or [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -160,7 +160,7 @@ def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
 
 def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> dict[str, Any]:
     return {
-        "made": provenance(),
+        "made": provenance(args.command_line),
         "model": str(args.model),
         "dtype": args.dtype,
         "device": args.device,

@@ -137,7 +137,7 @@ class TransformersEngine:
 
 
 @contextmanager
-def _packed_head_inputs(model: PreTrainedModel) -> Iterator[None]:
+def _packed_head_inputs(model: Any) -> Iterator[None]:
     """Hand the last hidden states to the output matrix in one piece.
 
     They are a strided view, and over a frozen matrix torch's linear answers that by repeating the
