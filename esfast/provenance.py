@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,14 +17,14 @@ from esfast import _core
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
-def provenance(command: list[str]) -> dict[str, Any]:
-    """Versions, target, command line, commit if known, time in UTC; plain JSON values."""
+def provenance(command: list[str] | None = None) -> dict[str, Any]:
+    """Versions, target, command line (this process's by default), commit if known, time in UTC."""
     return {
         "esfast": esfast.__version__,
         "noise_version": int(esfast.NOISE_VERSION),
         "target": _core.target(),
         "commit": commit(),
-        "command": shlex.join(command),
+        "command": shlex.join(command or ["esfast", *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
