@@ -3,11 +3,18 @@
 Each CPU target is one small source compiled with its own instruction-set flags; everything else is
 compiled for the architecture's baseline, so that one build runs on every processor of it.
 `ESFAST_CXXFLAGS` adds flags (sanitizers, say).
+
+CUDA is built where nvcc is found, unless ESFAST_CUDA=0. ESFAST_CUDA_ARCHS="90" names other
+architectures than sm_80, sm_90 and sm_100 with PTX of the last; each costs about 15 s of one core.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 SOURCES = ["module.cpp", "population.cpp", "segments.cpp", "shaping.cpp"]
 SOURCES += ["cpu/parallel.cpp", "cpu/select.cpp", "cpu/scalar.cpp"]
@@ -30,3 +37,41 @@ def flags_of(source: str, target_flags: list[str], gcc: bool) -> list[str]:
     # GCC 12's AVX-512 header reads its own "undefined" registers (GCC bug 105593).
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if gcc and "avx512" in source else []
     return FLAGS + target_flags + quiet + os.environ.get("ESFAST_CXXFLAGS", "").split()
+
+
+CUDA_SOURCES = ["cuda/weights.cu", "cuda/lean.cu", "cuda/update.cu", "cuda/shaping.cu"]
+CUDA_HOST_SOURCES = ["cuda/bind.cpp", "cuda/plan.cpp"]
+CUDA_ARCHS = "80 90 100+PTX"
+# --fmad=false: no contraction but the bodies' own __fmaf_rn. A spill is an error: a thread's weights
+# in local memory cost more than any occupancy gains.
+CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+CUDA_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS += ["-Xcompiler", "-Wall,-Wextra,-Werror,-ffp-contract=off"]
+
+
+def nvcc() -> str | None:
+    """The compiler of the CUDA half, or None where the build goes without."""
+    return None if os.environ.get("ESFAST_CUDA") == "0" else shutil.which("nvcc")
+
+
+def cuda_flags() -> list[str]:
+    """nvcc's flags, the architectures among them: "90" gives machine code, "90+PTX" PTX as well."""
+    flags = list(CUDA_FLAGS)
+    for arch in os.environ.get("ESFAST_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split():
+        number = arch.removesuffix("+PTX")
+        codes = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code=[{codes}]")
+    return flags
+
+
+def cuda_library(compiler: str) -> Path:
+    """The static runtime, so that one build imports where there is no CUDA, with every torch."""
+    command = [compiler, "--dryrun", "-x", "cu", os.devnull]  # nvcc may be a script far from its root
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"TOP=(\S+)", said)
+    root = Path(found[1] if found else compiler).resolve()
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        library = root / folder / "libcudart_static.a"
+        if library.is_file():
+            return library
+    raise FileNotFoundError(f"libcudart_static.a is not under {root}; set ESFAST_CUDA=0")

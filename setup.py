@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # build isolation does not put the project's folder there
 
-from build_flags import SOURCES, TARGETS, flags_of  # noqa: E402
+from build_flags import (  # noqa: E402
+    CUDA_HOST_SOURCES,
+    CUDA_SOURCES,
+    SOURCES,
+    TARGETS,
+    cuda_flags,
+    cuda_library,
+    flags_of,
+    nvcc,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the build: $out and $in stand for `output` and `inputs`."""
+
+    output: str
+    inputs: tuple[str, ...]
+    command: str
+
+    @property
+    def shell(self) -> str:
+        joined = " ".join(map(shlex.quote, self.inputs))
+        return self.command.replace("$out", shlex.quote(self.output)).replace("$in", joined)
 
 
 def is_gcc(compiler: str) -> bool:
@@ -25,45 +51,84 @@ def is_gcc(compiler: str) -> bool:
     return "clang" not in version.stdout.lower()
 
 
+def pybind_include() -> str:
+    """pybind11's headers: its own package's, else the copy that torch carries."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ImportError:
+        torch = find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise
+        return str(Path(torch.origin).parent / "include")
+
+
+def compile_steps() -> list[Step]:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    gcc = is_gcc(compiler)
+    includes = [f"-isystem {path}" for path in (pybind_include(), sysconfig.get_path("include"))]
+    sources = {source: [] for source in SOURCES} | TARGETS.get(platform.machine(), {})
+    cuda = nvcc()
+    if cuda:
+        sources |= {source: [] for source in CUDA_HOST_SOURCES}
+        sources["module.cpp"] = ["-DESFAST_CUDA"]
+    steps = []
+    for source, extra in sources.items():
+        flags = " ".join([*flags_of(source, extra, gcc), *includes])
+        steps.append((source, f"{compiler} -MMD -MF $out.d {flags} -c $in -o $out"))
+    for source in CUDA_SOURCES if cuda else []:
+        steps.append((source, f"{cuda} -MD -MF $out.d {' '.join(cuda_flags())} -c $in -o $out"))
+    return [
+        Step(source.replace("/", "_") + ".o", (str(ROOT / "csrc" / source),), command)
+        for source, command in steps
+    ]
+
+
+def link_step(output: Path, objects: list[str]) -> Step:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    shared = "-shared" if platform.system() == "Linux" else "-bundle -undefined dynamic_lookup"
+    flags = ["-pthread", os.environ.get("ESFAST_CXXFLAGS", "")]
+    inputs, cuda = list(objects), nvcc()
+    if cuda:
+        inputs.append(str(cuda_library(cuda)))
+        # torch brings a CUDA runtime of its own; neither may answer the other's calls.
+        flags += ["-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
+    return Step(str(output), tuple(inputs), f"{compiler} {shared} $in {' '.join(flags)} -o $out")
+
+
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs ninja: parallel, and only what changed."""
+    """Writes build.ninja and runs ninja: parallel, and only what changed; plainly without ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.rules(output))
-        ninja = (
-            [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        )
-        subprocess.run([*ninja, "-C", str(folder)], check=True)
-        if shutil.which("nvcc"):
-            print("esfast: nvcc found, but this version has no CUDA sources: built for the CPU")
+        steps = compile_steps()
+        link = link_step(output, [step.output for step in steps])
+        if shutil.which("ninja") or find_spec("ninja"):
+            self.run_ninja(folder, [*steps, link])
         else:
-            print("esfast: no nvcc: built for the CPU")
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda step: self.run_step(folder, step), steps))
+            self.run_step(folder, link)
+        found = "with CUDA kernels" if nvcc() else "no nvcc (or ESFAST_CUDA=0): built for the CPU"
+        print(f"esfast: {found}")
 
-    def rules(self, output: Path) -> str:
-        compiler = os.environ.get("CXX", "c++").split()[0]
-        gcc = is_gcc(compiler)
-        include = [pybind11.get_include(), sysconfig.get_path("include")]
-        includes = " ".join(f"-isystem {path}" for path in include)
-        shared = "-shared" if platform.system() == "Linux" else "-bundle -undefined dynamic_lookup"
-        lines = [
-            "rule cxx\n  description = compile $in\n  depfile = $out.d\n  deps = gcc",
-            f"  command = {compiler} -MMD -MF $out.d $flags {includes} -c $in -o $out",
-            "rule link\n  description = link $out",
-            f"  command = {compiler} {shared} -pthread $flags $in -o $out",
-        ]
-        objects = []
-        sources = {source: [] for source in SOURCES} | TARGETS.get(platform.machine(), {})
-        for source, extra in sources.items():
-            objects.append(source.replace("/", "_") + ".o")
-            flags = " ".join(flags_of(source, extra, gcc))
-            lines.append(f"build {objects[-1]}: cxx {ROOT / 'csrc' / source}\n  flags = {flags}")
-        link_flags = os.environ.get("ESFAST_CXXFLAGS", "")
-        lines.append(f"build {output}: link {' '.join(objects)}\n  flags = {link_flags}")
-        return "\n".join(lines) + f"\ndefault {output}\n"
+    def run_step(self, folder: Path, step: Step) -> None:
+        subprocess.run(step.shell, shell=True, check=True, cwd=folder)
+
+    def run_ninja(self, folder: Path, steps: list[Step]) -> None:
+        lines = []
+        for number, step in enumerate(steps):
+            depfile = "\n  depfile = $out.d\n  deps = gcc" if "$out.d" in step.command else ""
+            says = f"\n  description = {Path(step.output).name}"
+            lines.append(f"rule r{number}\n  command = {step.command}{says}{depfile}")
+            lines.append(f"build {step.output}: r{number} {' '.join(step.inputs)}")
+        (folder / "build.ninja").write_text("\n".join(lines) + f"\ndefault {steps[-1].output}\n")
+        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        subprocess.run([*ninja, "-C", str(folder)], check=True)
 
 
 setup(ext_modules=[Extension("esfast._core", [])], cmdclass={"build_ext": NinjaBuild})

@@ -8,6 +8,10 @@
 #include "float_environment.hpp"
 #include "population.hpp"
 #include "shaping.hpp"
+#if defined(ESFAST_CUDA)
+#include "cuda/bind.hpp"
+#include "cuda/cuda.hpp"
+#endif
 
 namespace py = pybind11;
 using namespace esfast;
@@ -89,8 +93,20 @@ py::dict build_info() {
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
+#if defined(ESFAST_CUDA)
+  info["cuda"] = "built; not yet run on a GPU";
+#else
   info["cuda"] = "not built";
+#endif
   return info;
+}
+
+std::vector<std::string> cuda_devices() {
+#if defined(ESFAST_CUDA)
+  return cuda::devices();
+#else
+  return {};
+#endif
 }
 
 void bind_weights(py::module_& m) {
@@ -155,7 +171,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("target", [] { return std::string(cpu::target().name); });
   m.def("set_target", &cpu::set_target);
   m.def("build_info", &build_info);
-  m.def("cuda_devices", [] { return std::vector<std::string>(); });
+  m.def("cuda_devices", &cuda_devices);
+#if defined(ESFAST_CUDA)
+  cuda::bind(m);
+#endif
   m.def("reveal", &reveal);
   m.def("philox", &philox_words);
   m.def("derive_seed", &derive_seed);

@@ -105,13 +105,19 @@ def _files_of(path: Path) -> list[Path]:
 class Anchor:
     """Where decay pulls to. Make one with `in_memory` or `from_safetensors`.
 
-    resident_bytes: memory that it holds besides the page cache.
+    resident_bytes: memory that it holds besides the page cache; device: where that lies.
     """
 
     def __init__(
-        self, table: ParameterTable, stored: list[_Stored], owners: list[Any], resident_bytes: int
+        self,
+        table: ParameterTable,
+        stored: list[_Stored],
+        owners: list[Any],
+        resident_bytes: int,
+        device: torch.device | None = None,
     ) -> None:
         self._layout = table.layout
+        self.device = device or torch.device("cpu")
         self._stored = stored  # one a segment of the table
         self._owners = owners
         self.resident_bytes = resident_bytes
@@ -123,7 +129,7 @@ class Anchor:
             s.tensor.detach().clone(memory_format=torch.contiguous_format) for s in table.segments
         ]
         stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
-        return cls(table, stored, list(copies), table.nbytes)
+        return cls(table, stored, list(copies), table.nbytes, table.device)
 
     @classmethod
     def from_safetensors(cls, path: str | Path, table: ParameterTable) -> Anchor:

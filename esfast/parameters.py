@@ -114,13 +114,30 @@ def _check_tensor(segment: Segment) -> None:
             f"'{name}' is on the meta device or not strided ({tensor.layout}); its elements have "
             "no addresses to edit. Load its weights first, or exclude it with exclude=[...]."
         )
-    if tensor.device.type != "cpu":
-        raise ParameterError(
-            f"'{name}' is on {tensor.device}; this build edits tensors on the CPU only. Move the "
-            "model with .to('cpu')."
-        )
+    _check_device(name, tensor.device)
     if tensor.is_conj() or tensor.is_neg():
         raise ParameterError(f"'{name}' is a lazily negated view; call .resolve_neg() first.")
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    kernels = getattr(_core, "cuda", None) is not None
+    if device.type == "cpu" or (device.type == "cuda" and kernels):
+        return
+    edits = "the CPU and CUDA devices" if kernels else "the CPU only (nvcc was not found)"
+    raise ParameterError(
+        f"'{name}' is on {device}; this build edits tensors on {edits}. Move the model with "
+        ".to('cpu'), or install esfast where it can build its CUDA kernels."
+    )
+
+
+def _check_one_device(segments: Sequence[Segment]) -> None:
+    first = segments[0]
+    for segment in segments:
+        if segment.tensor.device != first.tensor.device:
+            raise ParameterError(
+                f"'{segment.name}' is on {segment.tensor.device} and '{first.name}' on "
+                f"{first.tensor.device}; make a table a device (their checksums add up)."
+            )
 
 
 def _check_box(segment: Segment) -> None:
@@ -255,6 +272,7 @@ class ParameterTable:
         for segment in self.segments:
             _check_tensor(segment)
             _check_box(segment)
+        _check_one_device(self.segments)
         _check_names(self.segments)
         _check_canonical_overlap(self.segments)
         _check_memory_overlap(self.segments)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from esfast import _core
 from esfast.anchor import Anchor
+from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, ParameterError, StateError
 from esfast.members import Member
 from esfast.parameters import ParameterTable
@@ -44,7 +44,10 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """saturated: weights whose rounded value left the dtype's range and became its largest."""
+    """saturated: weights whose rounded value left the dtype's range and became its largest.
+
+    -1 where it cannot be read: inside the capture of a CUDA graph.
+    """
 
     saturated: int
 
@@ -57,6 +60,14 @@ def available_bytes() -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device can give: the system's, or what CUDA and torch's cache have free."""
+    if device.type != "cuda":
+        return available_bytes()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _usable_cores() -> int:
@@ -93,7 +104,7 @@ class Weights:
         self.memory = memory
         self.anchor = anchor
         self.threads = threads or _usable_cores()
-        self._records = _core.Records()
+        self._records = make_records(table.device)
         self._perturbed = False
         self._bases: list[torch.Tensor] = []
         rows = table.rows()
@@ -101,7 +112,7 @@ class Weights:
             self._make_bases(rows)
         if anchor is not None:
             anchor.fill(rows, table)
-        self._core = _core.Table(rows)
+        self._core = make_table(rows, table.device)
         if self._bases:
             self._core.capture(self.threads)
 
@@ -113,14 +124,15 @@ class Weights:
         needed = sum(
             s.tensor.numel() * d.itemsize for s, d in zip(self.table.segments, dtypes, strict=True)
         )
-        there = available_bytes()
+        there = free_bytes(self.table.device)
         if there is not None and needed > there:
             raise ParameterError(
                 f'memory="{self.memory}" needs {needed / 1e9:.2f} GB beside the weights and '
                 f'{there / 1e9:.2f} GB are free; memory="lean" needs about a fifth of the weights.'
             )
         for segment, dtype in zip(self.table.segments, dtypes, strict=True):
-            self._bases.append(torch.empty(segment.tensor.shape, dtype=dtype))
+            shape, device = segment.tensor.shape, segment.tensor.device
+            self._bases.append(torch.empty(shape, dtype=dtype, device=device))
         for row, piece in zip(rows, self.table.pieces, strict=True):
             base = self._bases[piece.segment]
             row["base"] = base.data_ptr() + piece.offsets[2] * base.element_size()
@@ -255,7 +267,7 @@ class Weights:
         self.anchor.fill(rows, self.table)
         rows["live"], rows["live_dtype"] = rows["anchor"], rows["anchor_dtype"]
         rows["live_row_stride"], rows["live_column_stride"] = rows["anchor_row_stride"], 1
-        checksum = _core.Table(rows).checksum(self.threads)
+        checksum = make_table(rows, self.anchor.device).checksum(self.threads)
         self.anchor.release()
         return f"{checksum:016x}"
 

@@ -11,26 +11,26 @@ namespace {
 constexpr int kThreads = 128;
 
 template <Noise noise>
-__global__ void __launch_bounds__(kThreads, 7) perturb_kernel(Tiles table, Perturbation p) {
+__global__ void __launch_bounds__(kThreads, 6) perturb_kernel(Tiles table, Perturbation p) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
     perturb_tile<noise>(s, lane_of(s, tile, lane), p);
   });
 }
 
-__global__ void __launch_bounds__(kThreads, 7) capture_kernel(Tiles table) {
+__global__ void __launch_bounds__(kThreads, 6) capture_kernel(Tiles table) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
     capture_tile(s, lane_of(s, tile, lane));
   });
 }
 
-__global__ void __launch_bounds__(kThreads, 7) refresh_kernel(Tiles table) {
+__global__ void __launch_bounds__(kThreads, 6) refresh_kernel(Tiles table) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
     refresh_tile(s, lane_of(s, tile, lane));
   });
 }
 
 // Sums modulo 2^64, so that the order of the atomic additions leaves no trace.
-__global__ void __launch_bounds__(kThreads, 7)
+__global__ void __launch_bounds__(kThreads, 6)
     checksum_kernel(Tiles table, unsigned long long* out) {
   uint64_t sum = 0;
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {

@@ -1,0 +1,241 @@
+"""The core's table on a CUDA device: the same calls as `_core.Table`, on memory of this side.
+
+Kernels allocate nothing: the span table, lean memory's lists and an update's workspace are tensors
+made here, through torch's allocator, and every call goes to torch's current stream of the table's
+device. Lean memory's lists have a fixed size while a kernel runs; what does not fit is left
+unperturbed and counted, and the counter, read after each member, says how much to grow: then the
+member is taken back, the lists grow, and it is applied again. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from esfast import _core
+from esfast.errors import ParameterError, StateError
+
+_FIRST_SHARE = 0.12  # of the weights' bytes: exceptions of trained bf16 weights take 0.08
+_SLACK = 1.25  # over the demand seen: slabs are reserved in another order the next time
+_LARGEST_SLAB, _SMALLEST_SLAB = 4096, 64  # words of 4 bytes that a warp reserves at once
+
+
+def driver() -> Any:
+    """The kernels, or None where the build has none."""
+    return getattr(_core, "cuda", None)
+
+
+def make_table(rows: np.ndarray, device: torch.device) -> Any:
+    """The core's table of these rows, on the CPU or on a CUDA device."""
+    return DeviceTable(rows, device) if device.type == "cuda" else _core.Table(rows)
+
+
+def make_records(device: torch.device) -> Any:
+    """What lean memory keeps between a member and its restore."""
+    return DeviceRecords() if device.type == "cuda" else _core.Records()
+
+
+class DeviceRecords:
+    """Lists of what rounding loses, in device memory, and the member that they belong to."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.member: tuple[int, _core.MemberSpec, float] | None = None
+        self.marks: torch.Tensor | None = None
+        self.offsets: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.demand: torch.Tensor | None = None
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """What is held in device memory."""
+        held = (self.marks, self.offsets, self.values, self.demand)
+        return [tensor for tensor in held if tensor is not None]
+
+    def bytes(self) -> int:
+        """Bytes of device memory held."""
+        return sum(tensor.nbytes for tensor in self.buffers)
+
+
+class DeviceTable:
+    """Perturb, restore, update and checksum on one CUDA device; `threads` is ignored everywhere.
+
+    rows: as `ParameterTable.rows`, with device addresses; device: where they lie. Raises
+    ParameterError where the build has no kernels, EsfastError with CUDA's words where a call fails.
+    """
+
+    def __init__(self, rows: np.ndarray, device: torch.device) -> None:
+        kernels = driver()
+        if kernels is None:
+            raise ParameterError(
+                f"the tensors are on {device}, and this build has no CUDA kernels; install esfast "
+                "where nvcc is found, or move the model with .to('cpu')."
+            )
+        self._kernels = kernels
+        self.device = device
+        self._index = (device.index or 0) if device.type == "cuda" else 0
+        kernels.prepare(self._index)
+        spans, self.tiles = kernels.plan(rows)
+        self._count = len(spans) // kernels.span_bytes
+        self._spans = torch.from_numpy(spans).to(device)
+        self._elements = int((rows["rows"] * rows["cols"]).sum())
+        sizes = np.where(rows["live_dtype"] == 0, 4, 2)
+        self._bytes = int((rows["rows"] * rows["cols"] * sizes).sum())
+        self._sum = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _stream(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _place(self, *used: torch.Tensor) -> Any:
+        """Where a call goes; the allocator must not reuse what it uses before the stream is past."""
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in (self._spans, self._sum, *used):
+                tensor.record_stream(stream)
+        return self._kernels.Place(
+            self._spans.data_ptr(), self._count, self.tiles, self._index, self._stream()
+        )
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    # ---- shadow memory
+
+    def perturb(self, noise: int, member: _core.MemberSpec, scale: float, threads: int) -> None:
+        """live = round(base + scale * noise)."""
+        self._kernels.perturb(self._place(), noise, member, scale)
+
+    def capture(self, threads: int) -> None:
+        """base = live."""
+        self._kernels.capture(self._place())
+
+    def refresh(self, threads: int) -> None:
+        """live = round(base)."""
+        self._kernels.refresh(self._place())
+
+    # ---- lean memory
+
+    def perturb_recorded(
+        self, records: DeviceRecords, noise: int, member: _core.MemberSpec, scale: float, threads: int
+    ) -> None:
+        """In place, with lists of what rounding loses. Waits for the device, to see that they fit."""
+        if records.active:
+            raise StateError("the weights are perturbed already")
+        if self._capturing():
+            raise StateError(
+                "lean memory looks at its lists' size after each member, which a CUDA graph's capture "
+                'does not allow; make the weights with memory="shadow".'
+            )
+        self._prepare(records)
+        records.member = (noise, member, scale)
+        while True:
+            self._record(records, noise, member, scale)
+            assert records.values is not None and records.demand is not None
+            needed = int(records.demand.item())
+            if needed <= records.values.numel():
+                return
+            self.restore(records, threads)
+            self._grow(records, int(needed * _SLACK))
+
+    def _record(
+        self, records: DeviceRecords, noise: int, member: _core.MemberSpec, scale: float
+    ) -> None:
+        place = self._place(*records.buffers)
+        assert records.offsets is not None
+        records.offsets.fill_(-1)  # not perturbed, wherever an interrupt strikes
+        records.active = True
+        self._kernels.record(place, noise, member, scale, self._buffers(records), 1)
+
+    def _prepare(self, records: DeviceRecords) -> None:
+        if records.values is not None:
+            return
+        units = self.tiles * self._kernels.tile_units
+        records.marks = torch.empty(units, dtype=torch.uint8, device=self.device)
+        records.offsets = torch.empty(self.tiles, dtype=torch.int32, device=self.device)
+        records.demand = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slabs = self._kernels.warps(self._index) * self._slab() // 2
+        self._grow(records, int(self._bytes * _FIRST_SHARE) // 4 + slabs + 1)
+
+    def _grow(self, records: DeviceRecords, words: int) -> None:
+        records.values = None  # first: the old list may be what leaves no room for the new one
+        try:
+            records.values = torch.empty(words, dtype=torch.int32, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"lean memory needs {4 * words / 1e9:.2f} GB on {self.device} for what rounding loses "
+                f"({str(error).splitlines()[0]}); the weights are restored. Free memory, or lower "
+                "sigma."
+            ) from None
+
+    def _slab(self) -> int:
+        """About an eighth of what a warp will need, so that little is left over at the end."""
+        warps = max(1, int(self._kernels.warps(self._index)))
+        share = int(self._bytes * _FIRST_SHARE) // 4 // warps // 8
+        return max(_SMALLEST_SLAB, min(_LARGEST_SLAB, share))
+
+    def _buffers(self, records: DeviceRecords) -> Any:
+        marks, offsets, values, demand = records.buffers
+        pointers = [tensor.data_ptr() for tensor in (marks, offsets, values, demand)]
+        return self._kernels.Buffers(*pointers, values.numel(), self._slab())
+
+    def restore(self, records: DeviceRecords, threads: int) -> None:
+        """Puts back the bits from before `perturb_recorded`."""
+        if not records.active or records.member is None:
+            return
+        noise, member, scale = records.member
+        place = self._place(*records.buffers)
+        self._kernels.restore(place, noise, member, scale, self._buffers(records))
+        records.active = False
+
+    def expected_record_bytes(
+        self, noise: int, member: _core.MemberSpec, scale: float, stride: int, threads: int
+    ) -> int:
+        """Bytes that the lists would take, from every stride-th tile; edits nothing."""
+        if self.tiles == 0:
+            return 0
+        demand = torch.zeros(1, dtype=torch.int64, device=self.device)
+        buffers = self._kernels.Buffers(0, 0, 0, demand.data_ptr(), 0, 0)
+        self._kernels.record(self._place(demand), noise, member, scale, buffers, stride)
+        visited = -(-self.tiles // stride)
+        values = 4 * int(demand.item()) * self.tiles // visited
+        return self.tiles * (self._kernels.tile_units + 4) + values
+
+    # ---- update, checksum
+
+    def update(
+        self,
+        noise: int,
+        members: Sequence[_core.MemberSpec],
+        coefficients: Sequence[float],
+        decay: int,
+        strength: float,
+        stochastic: bool,
+        rounding_seed: int,
+        threads: int,
+    ) -> int:
+        """One pass; returns how many weights saturated, or -1 inside a graph's capture."""
+        population = self._kernels.Population(noise, list(members), list(coefficients))
+        words = -(-population.bytes // 4)
+        workspace = torch.empty(words, dtype=torch.int32, device=self.device)
+        saturated = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._kernels.update(
+            self._place(workspace, saturated),
+            population,
+            decay,
+            strength,
+            stochastic,
+            rounding_seed,
+            workspace.data_ptr(),
+            saturated.data_ptr(),
+        )
+        return -1 if self._capturing() else int(saturated.item())
+
+    def checksum(self, threads: int) -> int:
+        """Sum of the elements' hashes modulo 2^64; waits for the device."""
+        self._kernels.checksum(self._place(), self._sum.data_ptr())
+        return int(self._sum.item()) % 2**64
