@@ -18,6 +18,13 @@ import torch
 from esfast import __version__, info
 from esfast.errors import EsfastError
 from esfast.measure import process_seconds
+from esfast.replay_command import (
+    add_apply_arguments,
+    add_export_arguments,
+    add_replay_arguments,
+    run_export,
+    run_replay,
+)
 from esfast.train_command import add_train_arguments, run_train
 
 INTERRUPTED = 130
@@ -71,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_train_arguments(train)
     train.set_defaults(run=run_train)
+    _add_journal_commands(commands)
     if find_spec("esfast.bench") is not None:
         bench = import_module("esfast.bench")
         measured = commands.add_parser(
@@ -81,6 +89,24 @@ def build_parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("info", help="versions, targets, devices, build")
     shown.set_defaults(run=_run_info)
     return parser
+
+
+def _add_journal_commands(commands: argparse._SubParsersAction[Parser]) -> None:
+    replayed = commands.add_parser(
+        "replay", help="base model + a run's journal: the tuned model", allow_abbrev=False
+    )
+    add_replay_arguments(replayed)
+    replayed.set_defaults(run=run_replay)
+    exported = commands.add_parser(
+        "export-adapter", help="a run as one small file", allow_abbrev=False
+    )
+    add_export_arguments(exported)
+    exported.set_defaults(run=run_export)
+    applied = commands.add_parser(
+        "apply", help="base model + an exported run: the tuned model", allow_abbrev=False
+    )
+    add_apply_arguments(applied)
+    applied.set_defaults(run=run_replay)
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -197,7 +197,7 @@ def catch_up(
     note: Callable[[str], None] = warnings.warn,
     after: Callable[[int], None] = lambda generation: None,
 ) -> None:
-    """Brings `es`, made over the base, to the end of a journal, comparing every checksum on the way.
+    """Brings `es`, made over the base, to the end of a journal, comparing every checksum.
 
     snapshots: a folder whose newest usable snapshot replay may start from; note: told what was
     passed over or dropped; after: called with the generations done. Errors as of `require_base` and

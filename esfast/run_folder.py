@@ -2,8 +2,8 @@
 
     config.json         settings, and how the run was made
     metrics.jsonl       a line a generation: rewards, held-out scores, tokens, seconds
-    generations.jsonl   a line a generation, synced before the weights change: seeds, coefficients
-                        to the bit (hexadecimal floats), raw rewards
+    journal.esj         all that moved the weights, synced before they move (docs/journal.md)
+    snapshots/          the newest snapshot, which shortens a resume; never required
     samples.json        the same prompts answered before and after
     summary.json        the result; written last, absent while a run goes on
     plots/              PNG
@@ -16,6 +16,7 @@ is taken back, so that a full disk costs no line before it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -23,34 +24,68 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.journal import JOURNAL, JournalWriter
+from esfast.snapshots import SNAPSHOTS
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-GENERATIONS = "generations.jsonl"
 SAMPLES = "samples.json"
 SUMMARY = "summary.json"
 PLOTS = "plots"
 MODEL = "model"
+IDENTITY = ("model", "dtype", "task", "settings")
+"""What of config.json a journal's header repeats."""
 
 
 class RunFolder:
-    """Writes one run into a folder of its own."""
+    """Writes one run into a folder of its own.
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        """Makes the folder and its config.json.
+    journal: open, of a run that goes on; None for one that has none yet. changes: what a run that
+    goes on changed of its settings.
+    """
 
-        Raises ConfigError where something is there already, EsfastError where it cannot be written.
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], changes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Makes the folder and its config.json; with `changes`, takes up the run that is there.
+
+        Raises ConfigError where something is there already, EsfastError where it cannot be written;
+        of a run that goes on StateError where another process has it, DataError for damage.
         """
         self.path = path
-        require_free(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot make the folder {path}: {error.strerror or error}; give another one with "
-                "--output."
-            ) from None
+        self.identity = {name: config[name] for name in IDENTITY if name in config}
+        self.changes = changes or {}
+        self.journal: JournalWriter | None = None
+        if changes is None:
+            _make(path)
+        else:
+            self._take_up()
         self.write(CONFIG, config)
+
+    def _take_up(self) -> None:
+        """Opens the journal, and drops the metrics of generations that it does not have."""
+        if self.journal_path.exists():  # a run may be stopped before its first generation
+            self.journal = JournalWriter.resume(self.journal_path)
+        (self.path / SUMMARY).unlink(missing_ok=True)
+        self._keep_metrics(0 if self.journal is None else self.journal.generation)
+
+    def _keep_metrics(self, generations: int) -> None:
+        path = self.path / METRICS
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith(b"\n")]
+            kept = [line for line in whole if _generation_of(line) <= generations]
+            self._replace(METRICS, b"".join(kept))
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the journal is."""
+        return self.path / JOURNAL
+
+    @property
+    def snapshots(self) -> Path:
+        """Where snapshots go."""
+        return self.path / SNAPSHOTS
 
     @property
     def model(self) -> Path:
@@ -61,24 +96,33 @@ class RunFolder:
         """One line of metrics.jsonl."""
         append_line(self.path / METRICS, record)
 
-    def add_generation(self, record: Mapping[str, Any]) -> None:
-        """One line of generations.jsonl, on disk when this returns."""
-        append_line(self.path / GENERATIONS, record)
-
     def write(self, name: str, content: Any) -> None:
         """The JSON file `name`, replaced at once."""
+        self._replace(name, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def _replace(self, name: str, data: bytes) -> None:
         path = self.path / name
         temporary = path.with_name(f".{name}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, ensure_ascii=False)
-                file.write("\n")
+            with temporary.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise _unwritable(path, error) from None
+
+
+def _make(path: Path) -> None:
+    require_free(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {path}: {error.strerror or error}; give another one with "
+            "--output."
+        ) from None
 
 
 def require_free(path: Path) -> None:
@@ -131,6 +175,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}).") from None
+
+
+def _generation_of(line: bytes) -> float:
+    """A metrics line's generation; infinite for a damaged one, which a resumed run drops."""
+    try:
+        return float(json.loads(line)["generation"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _unwritable(path: Path, error: OSError) -> EsfastError:

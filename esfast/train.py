@@ -1,12 +1,13 @@
 """The training loop: evolution strategies over an engine and a task.
 
 A generation: every member answers the same prompts; its reward is the mean score; the strategy
-turns rewards into coefficients, which go to the run folder before the weights move; one update.
+turns rewards into coefficients, which go to the run's journal before the weights move; one update.
 The held-out prompts are answered at the start, every `eval_every` generations and at the end,
 greedily and by the model itself, no member.
 
 What stops a run (Ctrl-C, an engine or a disk that fails) leaves the weights those of the last whole
-generation, and the folder with all that was measured until then.
+generation, and the folder with all that was measured until then. A run whose folder has a journal
+goes on from its end, to the bit; its base is evaluated again, to compare with.
 """
 
 from __future__ import annotations
@@ -17,59 +18,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from esfast.anchor import Anchor
-from esfast.engines.base import Engine, Sampling
-from esfast.errors import ConfigError
+from esfast.engines.base import Engine
+from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
 from esfast.held_out import HeldOut, rise
+from esfast.journal import JournalWriter
+from esfast.journal_format import MarkRecord, SegmentRecord
 from esfast.loggers import Logger
 from esfast.measure import (
     FINISH,
     GENERATION,
     LOOP,
-    PERTURB,
     RECORDS,
-    SCORING,
     SETUP,
-    UPDATE,
     Clock,
     peak_bytes,
     reset_peak,
 )
 from esfast.progress import GenerationReport, RunProgress
+from esfast.replay import catch_up, header_of, require_settings
 from esfast.resources import readable, require_memory
+from esfast.rollout import Earned, Rollout, TrainConfig
 from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
-from esfast.strategy import StrategyConfig
-from esfast.tasks.base import Example, Score, Task
+from esfast.snapshots import save_snapshot
+from esfast.tasks.base import Example, Task
 
 SAMPLES_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run beside its model and task.
-
-    `prompts`: a generation; `fixed_prompts`: the same ones every generation; `sampling`: of the
-    members (held-out answers are greedy); `eval_every`: generations; `eval_size`: held-out prompts
-    at most; `memory`, `threads`: as `esfast.Weights` takes them.
-    """
-
-    strategy: StrategyConfig
-    sampling: Sampling
-    generations: int = 10
-    prompts: int = 32
-    fixed_prompts: bool = False
-    eval_every: int = 5
-    eval_size: int = 128
-    memory: str = "lean"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("generations", "prompts", "eval_every", "eval_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -144,11 +119,11 @@ class Trainer:
     ) -> None:
         """`save_model` writes the live weights to a folder; `clock` may have started earlier."""
         self.engine = engine
-        self.task = task
         self.config = config
         self.folder = folder
         self.loggers = loggers or []
         self.clock = clock or Clock()
+        self.rollout = Rollout(engine, task, config, self.clock)
         self.progress = RunProgress(config.generations, config.strategy.population_size)
         self._save_model = save_model
         self._anchor = anchor
@@ -158,6 +133,7 @@ class Trainer:
         self._after: HeldOut | None = None
         self._inference_peak: int | None = None
         self._failed_rewards = 0
+        self._caught_up = False
         self.es: EvolutionStrategy | None = None
 
     def run(self) -> TrainResult:
@@ -185,7 +161,8 @@ class Trainer:
         self.progress.note(
             f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
         )
-        self.engine.generate([example.prompt for example in self._batch(0)], self._sampling(0))
+        warm_up = [example.prompt for example in self.rollout.batch(0)]
+        self.engine.generate(warm_up, self.rollout.sampling(0))
         self._inference_peak = peak_bytes() if can_measure else None
         self.clock.lap(SETUP)
         self.es = EvolutionStrategy(
@@ -196,8 +173,34 @@ class Trainer:
             threads=self.config.threads,
         )
         self._tell_memory(self.es)
+        self._open_journal(self.es)
+        self._caught_up = True
         self.folder.write(SAMPLES, self._samples())
         self.clock.lap(SETUP)
+
+    def _open_journal(self, es: EvolutionStrategy) -> None:
+        """A new run's journal, or an old one's, whose end the weights are brought to."""
+        writer = self.folder.journal
+        if writer is None:
+            header = header_of(es, self.folder.identity, self.config.checksum_every)
+            es.journal = JournalWriter.create(self.folder.journal_path, header)
+            self.rollout.workers.share(self.folder.journal_path.read_bytes())
+            return
+        require_settings(writer.header, es)
+        self.rollout.workers.share(writer.path.read_bytes())
+        done = len(writer.journal.generations)
+        self.progress.note(f"going on after generation {done}: replaying the journal")
+        catch_up(
+            es,
+            writer.journal,
+            self.folder.snapshots,
+            note=self.progress.note,
+            after=lambda n: self.progress.doing(f"replaying generation {n}/{done}"),
+        )
+        self.engine.weights_changed()
+        writer.append(SegmentRecord(es.generation, self.folder.changes))
+        self._failed_rewards = sum(record.failed for record in writer.journal.generations)
+        es.journal = writer
 
     def _tell_memory(self, es: EvolutionStrategy) -> None:
         config = self.config.strategy
@@ -213,93 +216,59 @@ class Trainer:
 
     def _loop(self) -> None:
         assert self.es is not None
-        for generation in range(self.config.generations):
-            report = self._generation(self.es, generation)
-            last = generation + 1 == self.config.generations
-            due = last or (generation + 1) % self.config.eval_every == 0
-            held_out = self._evaluate(generation + 1) if due else None
+        if self.es.generation >= self.config.generations:
+            self._after = self._evaluate(self.es.generation)
+        while self.es.generation < self.config.generations:
+            report = self._generation(self.es)
+            done = self.es.generation
+            self._snapshot(self.es)
+            due = done == self.config.generations or done % self.config.eval_every == 0
+            held_out = self._evaluate(done) if due else None
             self._after = held_out or self._after
             self._record(report, held_out)
+        self.rollout.workers.compare(self.es.weights.checksum(), self.es.generation)
 
-    def _generation(self, es: EvolutionStrategy, generation: int) -> GenerationReport:
+    def _generation(self, es: EvolutionStrategy) -> GenerationReport:
         started = sum(self.clock.seconds.values())
-        tokens = self.engine.tokens_generated
         generating = self.clock.seconds[GENERATION]
-        scores = self._rewards(es, generation)
-        failed = sum(score.failed for row in scores for score in row)
-        self._failed_rewards += failed
-        matrix = np.array([[score.value for score in row] for row in scores], dtype=np.float64)
-        saturated = self._step(es, generation, matrix)
-        members = matrix.mean(axis=1)
-        tokens = self.engine.tokens_generated - tokens
+        generation = es.generation
+        earned = self.rollout.population(es, lambda n: self.progress.member(generation, n))
+        self._failed_rewards += earned.failed
+        saturated = self._step(es, earned)
+        members = earned.rewards.mean(axis=1) if earned.rewards.ndim == 2 else earned.rewards
         return GenerationReport(
-            generation=generation + 1,
+            generation=es.generation,
             reward_mean=float(members.mean()),
             reward_spread=float(members.std()),
             reward_best=float(members.max()),
-            failed_rewards=failed,
-            tokens_per_second=tokens / max(self.clock.seconds[GENERATION] - generating, 1e-9),
+            failed_rewards=earned.failed,
+            tokens_per_second=earned.tokens
+            / max(self.clock.seconds[GENERATION] - generating, 1e-9),
             seconds=sum(self.clock.seconds.values()) - started,
             outside_share=self.clock.outside_share(),
             saturated=saturated,
         )
 
-    def _rewards(self, es: EvolutionStrategy, generation: int) -> list[list[Score]]:
-        """Every member's scores on the generation's prompts: [population][prompts]."""
-        batch, sampling = self._batch(generation), self._sampling(generation)
-        scores = []
-        self.clock.lap(RECORDS)
-        for index, _ in enumerate(es.population()):
-            self.engine.weights_changed()
-            self.clock.lap(PERTURB)
-            scores.append(self._answers(batch, sampling)[0])
-            self.progress.member(generation, index)
-            self.clock.lap(RECORDS)
-        self.clock.lap(PERTURB)
-        return scores
-
-    def _step(self, es: EvolutionStrategy, generation: int, matrix: np.ndarray) -> int:
+    def _step(self, es: EvolutionStrategy, earned: Earned) -> int:
         """Writes the generation down, then moves the weights; returns how many saturated."""
-        grouped = self.config.strategy.shaping == "group_centered"
-        rewards = matrix if grouped else matrix.mean(axis=1)
-        members = es.strategy.members(generation)
-        self.folder.add_generation(
-            {
-                "generation": generation,
-                "generation_seed": f"{es.strategy.generation_seed(generation):016x}",
-                "seeds": [f"{member.seed:016x}" for member in members],
-                "signs": [member.sign for member in members],
-                "indices": [member.index for member in members],
-                "coefficients": [float(c).hex() for c in es.strategy.coefficients(rewards)],
-                "rewards": rewards.tolist(),
-            }
-        )
-        self.clock.lap(RECORDS)
-        report = es.step(rewards)
-        self.engine.weights_changed()
-        self.clock.lap(UPDATE)
-        return report.saturated
+        assert es.journal is not None
+        record = es.decide(earned.rewards, failed=earned.failed)
+        es.journal.append(record)
+        return self.rollout.update(es, record)
 
-    def _answers(self, batch: list[Example], sampling: Sampling) -> tuple[list[Score], list[str]]:
-        completions = self.engine.generate([example.prompt for example in batch], sampling)
-        self.clock.lap(GENERATION)
-        texts = [completion.text for completion in completions]
-        scores = self.task.score_all(batch, texts)
-        self.clock.lap(SCORING)
-        return scores, texts
+    def _snapshot(self, es: EvolutionStrategy) -> None:
+        every = self.config.snapshot_every
+        if not every or es.generation % every or es.journal is None:
+            return
+        try:
+            save_snapshot(self.folder.snapshots, es.weights, es.generation, es.journal.chain)
+        except EsfastError as error:
+            self.progress.note(f"{error} The run goes on: its journal is enough to resume.")
 
     def _evaluate(self, generation: int) -> HeldOut:
         self.progress.doing("held-out prompts")
-        scores, texts = self._answers(list(self._held_out), self._greedy)
+        scores, texts, _ = self.rollout.answers(list(self._held_out), self._greedy)
         return HeldOut(generation, tuple(scores), tuple(texts))
-
-    def _batch(self, generation: int) -> list[Example]:
-        dealt = 0 if self.config.fixed_prompts else generation
-        return self.task.train_batch(self.config.strategy.seed, dealt, self.config.prompts)
-
-    def _sampling(self, generation: int) -> Sampling:
-        """All members of a generation share the sampling's random numbers."""
-        return replace(self.config.sampling, seed=self.config.sampling.seed + generation)
 
     def _record(self, report: GenerationReport, held_out: HeldOut | None) -> None:
         line: dict[str, Any] = {"generation": report.generation, **report.numbers()}
@@ -319,6 +288,14 @@ class Trainer:
             self.es.weights.restore()
             self.engine.weights_changed()
 
+    def _close_journal(self) -> None:
+        """Marks the end with the weights' checksum, unless the last update is still to be done."""
+        assert self.es is not None and self.es.journal is not None
+        journal = self.es.journal
+        if self.es.generation == journal.generation:
+            journal.append(MarkRecord(self.es.generation, self.es.weights.checksum()))
+        journal.close()
+
     def _samples(self) -> list[dict[str, Any]]:
         """Answers before and after (the last that were measured), with their scores."""
         samples: list[dict[str, Any]] = []
@@ -337,9 +314,10 @@ class Trainer:
         self.clock.lap(RECORDS)
         self.progress.doing("saving")
         self.folder.write(SAMPLES, self._samples())
-        generations = self.es.generation if self.es is not None else 0
+        generations = self.es.generation if self.es is not None and self._caught_up else 0
         if generations:
             self._save_model(self.folder.model)
+            self._close_journal()
         for logger in self.loggers:
             logger.close()
         self.clock.lap(FINISH)

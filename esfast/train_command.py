@@ -24,17 +24,25 @@ from esfast.anchor import Anchor
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.engines.base import Sampling
 from esfast.errors import ConfigError
+from esfast.evolution import EvolutionStrategy
+from esfast.journal import parse
+from esfast.launch.torchrun import join_workers
+from esfast.launch.workers import Workers
 from esfast.loggers import LOGGERS, make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL, load_model
 from esfast.provenance import provenance
+from esfast.replay import catch_up
 from esfast.report import print_result
+from esfast.resume import PastRun, flags_of, resumed
+from esfast.rollout import Rollout, TrainConfig, follow
 from esfast.run_folder import RunFolder, require_free
 from esfast.shaping import METHODS
+from esfast.snapshots import SNAPSHOTS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
 from esfast.tasks import Task, make_task
-from esfast.train import TrainConfig, Trainer
+from esfast.train import Trainer
 from esfast.weights import MEMORIES
 
 if TYPE_CHECKING:
@@ -45,8 +53,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
 SEED_DERIVATION = (
     "member k of generation g has the seed that docs/noise.md derives from (run seed, g, k), an "
-    "antithetic pair the seed of k // 2; generations.jsonl repeats them, and gives the "
-    "coefficients before the members' signs"
+    "antithetic pair the seed of k // 2; journal.esj has the coefficients (docs/journal.md)"
 )
 
 
@@ -99,6 +106,9 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=_finite, default=0.0, help="of the members; 0: greedy")
     group.add_argument("--eval-every", type=_positive, default=5, help="generations")
     group.add_argument("--eval-size", type=_positive, default=96, help="held-out prompts at most")
+    group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
+    group.add_argument("--snapshot-every", type=_natural, default=0, help="generations; 0: never")
+    group.add_argument("--checksum-every", type=_positive, default=10, help="generations")
     group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
     group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
@@ -107,33 +117,48 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """The run; returns the exit code. What can be refused is refused before a model is loaded."""
     clock = Clock(args.started_before)
+    past = resumed(args, add_train_arguments) if args.resume is not None else None
+    args = past.args if past is not None else args
     strategy = _strategy(args)
     require_packages(args.log_to)
     task = _task(args)
+    workers = join_workers()
     try:
         config = _config(args, strategy, task)
-        output = _output(args, task)
-        require_free(output)
-        return _train(args, config, task, output, clock)
+        if workers.rank:
+            return _follow(args, config, task, workers)
+        return _train(args, config, task, past, clock, workers)
     finally:
+        workers.close()
         task.close()
 
 
 def _train(
-    args: argparse.Namespace, config: TrainConfig, task: Task, output: Path, clock: Clock
+    args: argparse.Namespace,
+    config: TrainConfig,
+    task: Task,
+    past: PastRun | None,
+    clock: Clock,
+    workers: Workers,
 ) -> int:
-    loaded, engine = _model(args)
+    output = _output(args, task)
     description = _description(args, config, task)
+    if past is None:
+        require_free(output)
+    else:
+        description = past.described(description)
+    loaded, engine = _model(args)
     trainer = Trainer(
         engine,
         task,
         config,
-        RunFolder(output, description),
+        RunFolder(output, description, past and past.changes),
         save_model=lambda path: save_model(loaded, path, made=description),
         anchor=_anchor(config.strategy, loaded, engine),
         loggers=make_loggers(args.log_to, output, description),
         clock=clock,
     )
+    trainer.rollout.workers = workers
     result = trainer.run()
     print_result(trainer.progress.console, result, output)
     if args.plots:
@@ -145,6 +170,23 @@ def _train(
             file=sys.stderr,
         )
         return INTERRUPTED
+    return 0
+
+
+def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: Workers) -> int:
+    """A worker that does not lead: no folder, no output, the same updates."""
+    loaded, engine = _model(args)
+    rollout = Rollout(engine, task, config, Clock())
+    rollout.workers = workers
+    anchor = _anchor(config.strategy, loaded, engine)
+    es = EvolutionStrategy(
+        engine.table(), config.strategy, memory=config.memory, anchor=anchor, threads=config.threads
+    )
+    journal = parse(workers.share(None), "the journal of worker 0")
+    snapshots = Path(args.resume) / SNAPSHOTS if args.resume is not None else None
+    catch_up(es, journal, snapshots, note=lambda text: None)
+    engine.weights_changed()
+    follow(rollout, es, config.generations)
     return 0
 
 
@@ -166,6 +208,7 @@ def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> d
         "device": args.device,
         "task": task.describe(),
         "settings": asdict(config),
+        "arguments": flags_of(args, add_train_arguments),
         "seed_derivation": SEED_DERIVATION,
     }
 
@@ -202,6 +245,8 @@ def _config(args: argparse.Namespace, strategy: StrategyConfig, task: Task) -> T
         eval_size=args.eval_size,
         memory=args.memory,
         threads=args.threads,
+        checksum_every=args.checksum_every,
+        snapshot_every=args.snapshot_every,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from esfast import _core, cli, train_command
-from esfast.run_folder import read_lines
+from esfast.journal import read_journal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -186,7 +186,7 @@ def test_a_run_from_flags_to_a_model_that_transformers_loads(vowels, tiny_model,
     out = capfd.readouterr().out
     assert "held-out score" in out and out.count("  after   ") == 4
     assert {path.name for path in Path("run").iterdir()} == {
-        *("config.json", "metrics.jsonl", "generations.jsonl", "samples.json", "summary.json"),
+        *("config.json", "metrics.jsonl", "journal.esj", "samples.json", "summary.json"),
         *("plots", "model"),
     }
     config = json.loads(Path("run/config.json").read_text())
@@ -206,8 +206,8 @@ def test_the_same_flags_give_the_same_run(vowels):
     lines = []
     for name in ("one", "two"):
         assert run(*vowels[:-1], name, "--generations", "2", "--no-plots") == 0
-        lines.append((Path(name) / "generations.jsonl").read_text())
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
+        lines.append((Path(name) / "journal.esj").read_bytes())
+    assert lines[0] == lines[1] and len(read_journal("one").generations) == 2
 
 
 def test_decay_reads_its_anchor_from_the_models_file(vowels):
@@ -232,8 +232,8 @@ def test_ctrl_c_in_the_middle_leaves_a_whole_run(vowels, tiny_model):
     assert "Traceback" not in err and "held-out" in out
     assert "esfast: interrupted; run is complete up to generation" in err
     done = json.loads(Path("run/summary.json").read_text())["generations"]
-    written = [row["generation"] for row in read_lines(Path("run/generations.jsonl"))]
-    assert written[:done] == list(range(done)) and len(written) - done in (0, 1) and done >= 1
+    written = len(read_journal("run").generations)
+    assert written - done in (0, 1) and done >= 1
     assert Path("run/model/model.safetensors").stat().st_size > 1000
     assert (Path("run/plots") / "reward.png").exists()
 

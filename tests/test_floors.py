@@ -19,15 +19,16 @@ ROOT = Path(esfast.__file__).parent
 FLOORS = {
     "_core": 0,
     "errors": 1, "members": 1, "shaping": 1, "strategy": 1, "journal": 1,
-    "journal_format": 1,
+    "journal_format": 1, "whole_file": 1,
     "parameters": 2, "weights": 2, "anchor": 2, "checkpoint": 2, "resources": 2,
     "snapshots": 2,
     "evolution": 3, "replay": 3, "engines": 3, "tasks": 3, "launch": 3, "forgetting": 3,
     "held_out": 3, "measure": 3, "provenance": 3,
     "models": 3, "model_cache": 3, "conversion": 3,
     "train": 4, "fast_slow": 4, "run_folder": 4, "loggers": 4, "progress": 4,
+    "rollout": 4,
     "cli": 5, "plots": 5, "bench": 5, "__main__": 5, "info": 5, "report": 5, "train_command": 5,
-    "replay_command": 5,
+    "replay_command": 5, "resume": 5,
 }  # fmt: skip
 OUTSIDE = {"numpy": 1, "torch": 2, "safetensors": 2}  # everything else from outside: floor 3
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

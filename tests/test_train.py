@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from esfast import (
     ParameterTable,
     StrategyConfig,
     Weights,
+    generation_seed,
+    member_seed,
 )
 from esfast.engines.base import Completion, Sampling
 from esfast.held_out import HeldOut, rise, wilson
+from esfast.journal import read_journal
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, process_seconds
 from esfast.plots import draw_run
@@ -142,12 +146,14 @@ def test_generations_hold_all_that_the_update_needs(tmp_path):
     trainer.run()
     replayed = torch.zeros(SIZE)
     weights = Weights(ParameterTable.from_tensors({"weights": replayed}))
-    for row in read_lines(tmp_path / "run" / "generations.jsonl"):
-        pairs = zip(row["seeds"], row["signs"], row["indices"], strict=True)
-        members = [Member(int(seed, 16), sign, "gaussian", index) for seed, sign, index in pairs]
-        coefficients = [float.fromhex(text) for text in row["coefficients"]]
-        assert trainer.es.strategy.coefficients(row["rewards"]).tolist() == coefficients
-        weights.update(members, coefficients, seed=int(row["generation_seed"], 16))
+    journal = read_journal(tmp_path / "run")
+    for number, record in enumerate(journal.generations):
+        members = [Member(member_seed(5, number, k), 1, "gaussian") for k in range(8)]
+        both = trainer.es.strategy.coefficients(record.rewards)
+        assert record.coefficients.tolist() == (both[::2] - both[1::2]).astype("f4").tolist()
+        weights.update(members, record.coefficients, seed=generation_seed(5, number))
+    assert len(journal.generations) == 6
+    assert journal.records[-1].checksum == weights.checksum()
     assert weights.checksum() == trainer.es.weights.checksum()
     assert torch.equal(replayed, trainer.engine.weights) and replayed.any()
 
@@ -172,8 +178,8 @@ def test_memory_modes_and_decay_run(tmp_path, memory, decay):
 def test_group_centred_shaping_gets_the_matrix(tmp_path):
     trainer = make_trainer(tmp_path, strategy={"shaping": "group_centered"})
     result = trainer.run()
-    (row, *_) = read_lines(tmp_path / "run" / "generations.jsonl")
-    assert np.shape(row["rewards"]) == (16, SIZE)
+    record = read_journal(tmp_path / "run").generations[0]
+    assert record.rewards.shape == (16, SIZE)
     assert result.after.mean > result.before.mean
 
 
@@ -202,8 +208,7 @@ def test_ctrl_c_leaves_the_last_whole_generation(tmp_path, call, whole):
     else:
         assert not trainer.engine.weights.any()
     assert bool(saved) == bool(whole)
-    rows = list(read_lines(tmp_path / "run" / "generations.jsonl")) if whole else []
-    assert len(rows) == whole
+    assert len(read_journal(tmp_path / "run").generations) == whole
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
@@ -229,13 +234,21 @@ def test_an_engine_that_fails_loses_nothing_and_is_heard(tmp_path):
     assert summary["status"] == "failed" and saved
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_stops_the_run_before_the_weights_move(tmp_path):
+def test_a_full_disk_stops_the_run_before_the_weights_move(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
-    (tmp_path / "run" / "generations.jsonl").symlink_to("/dev/full")
-    with pytest.raises(EsfastError, match=r"cannot write .*generations\.jsonl: No space left"):
+    write = os.write
+
+    def full(descriptor, data):
+        if trainer.es.journal is not None:  # the header was written
+            write(descriptor, data[:20])
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(EsfastError, match=r"cannot write .*journal\.esj': No space left"):
         trainer.run()
     assert not trainer.engine.weights.any()
+    assert read_journal(tmp_path / "run").records == ()
 
 
 def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch):

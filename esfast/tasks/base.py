@@ -11,6 +11,7 @@ Contract of a task:
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from esfast.engines.base import Prompt
 from esfast.errors import DataError
-from esfast.tasks.draws import Draws
+from esfast.tasks.draws import Draws, digest_int
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,14 @@ class PoolTask(Task):
         return [self._held_out[index] for index in order[:count]]
 
     def describe(self) -> dict[str, Any]:
-        """Adds the sizes of the two splits."""
-        sizes = {"train_size": len(self._train), "held_out_size": len(self._held_out)}
-        return {**super().describe(), **sizes}
+        """Adds the sizes of the two splits, and a digest of the problems in their order."""
+        ids = json.dumps([[e.id for e in split] for split in (self._train, self._held_out)])
+        return {
+            **super().describe(),
+            "train_size": len(self._train),
+            "held_out_size": len(self._held_out),
+            "digest": f"{digest_int(ids):016x}",
+        }
 
     def _index(self, seed: int, place: int) -> int:
         epoch, within = divmod(place, len(self._train))
