@@ -42,8 +42,8 @@ def flags_of(source: str, target_flags: list[str], gcc: bool) -> list[str]:
 CUDA_SOURCES = ["cuda/weights.cu", "cuda/lean.cu", "cuda/update.cu", "cuda/shaping.cu"]
 CUDA_HOST_SOURCES = ["cuda/bind.cpp", "cuda/plan.cpp"]
 CUDA_ARCHS = "80 90 100+PTX"
-# --fmad=false: no contraction but the bodies' own __fmaf_rn. A spill is an error: a thread's weights
-# in local memory cost more than any occupancy gains.
+# --fmad=false: no contraction but the bodies' own __fmaf_rn. A spill is an error: weights in local
+# memory cost more than any occupancy gains.
 CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
 CUDA_FLAGS += ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_FLAGS += ["-Xcompiler", "-Wall,-Wextra,-Werror,-ffp-contract=off"]
@@ -66,7 +66,13 @@ def cuda_flags() -> list[str]:
 
 def cuda_library(compiler: str) -> Path:
     """The static runtime, so that one build imports where there is no CUDA, with every torch."""
-    command = [compiler, "--dryrun", "-x", "cu", os.devnull]  # nvcc may be a script far from its root
+    command = [
+        compiler,
+        "--dryrun",
+        "-x",
+        "cu",
+        os.devnull,
+    ]  # nvcc may be a script far from its root
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = re.search(r"TOP=(\S+)", said)
     root = Path(found[1] if found else compiler).resolve()

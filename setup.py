@@ -127,7 +127,8 @@ class NinjaBuild(build_ext):
             lines.append(f"rule r{number}\n  command = {step.command}{says}{depfile}")
             lines.append(f"build {step.output}: r{number} {' '.join(step.inputs)}")
         (folder / "build.ninja").write_text("\n".join(lines) + f"\ndefault {steps[-1].output}\n")
-        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        found = shutil.which("ninja")
+        ninja = [found] if found else [sys.executable, "-m", "ninja"]
         subprocess.run([*ninja, "-C", str(folder)], check=True)
 
 

@@ -18,8 +18,8 @@ import torch
 from esfast import _core
 from esfast.errors import ParameterError, StateError
 
-_FIRST_SHARE = 0.12  # of the weights' bytes: exceptions of trained bf16 weights take 0.08
-_SLACK = 1.25  # over the demand seen: slabs are reserved in another order the next time
+_SAMPLE_STRIDE = 16  # every 16th tile tells the size of the first lists to a few per cent
+_SLACK = 1.25  # over the demand seen: the next member's differs, and so does the slabs' order
 _LARGEST_SLAB, _SMALLEST_SLAB = 4096, 64  # words of 4 bytes that a warp reserves at once
 
 
@@ -48,6 +48,7 @@ class DeviceRecords:
         self.offsets: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.demand: torch.Tensor | None = None
+        self.slab = _SMALLEST_SLAB  # words that a warp reserves at once
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -81,9 +82,6 @@ class DeviceTable:
         spans, self.tiles = kernels.plan(rows)
         self._count = len(spans) // kernels.span_bytes
         self._spans = torch.from_numpy(spans).to(device)
-        self._elements = int((rows["rows"] * rows["cols"]).sum())
-        sizes = np.where(rows["live_dtype"] == 0, 4, 2)
-        self._bytes = int((rows["rows"] * rows["cols"] * sizes).sum())
         self._sum = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _stream(self) -> int:
@@ -92,7 +90,7 @@ class DeviceTable:
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _place(self, *used: torch.Tensor) -> Any:
-        """Where a call goes; the allocator must not reuse what it uses before the stream is past."""
+        """Where a call goes. The allocator may reuse what it uses only after the stream."""
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(self.device)
             for tensor in (self._spans, self._sum, *used):
@@ -121,17 +119,22 @@ class DeviceTable:
     # ---- lean memory
 
     def perturb_recorded(
-        self, records: DeviceRecords, noise: int, member: _core.MemberSpec, scale: float, threads: int
+        self,
+        records: DeviceRecords,
+        noise: int,
+        member: _core.MemberSpec,
+        scale: float,
+        threads: int,
     ) -> None:
-        """In place, with lists of what rounding loses. Waits for the device, to see that they fit."""
+        """In place, with lists of what rounding loses. Waits for the device: do they fit?"""
         if records.active:
             raise StateError("the weights are perturbed already")
         if self._capturing():
             raise StateError(
-                "lean memory looks at its lists' size after each member, which a CUDA graph's capture "
-                'does not allow; make the weights with memory="shadow".'
+                "lean memory looks at its lists' size after each member, which a CUDA graph's "
+                'capture does not allow; make the weights with memory="shadow".'
             )
-        self._prepare(records)
+        self._prepare(records, noise, member, scale)
         records.member = (noise, member, scale)
         while True:
             self._record(records, noise, member, scale)
@@ -140,7 +143,7 @@ class DeviceTable:
             if needed <= records.values.numel():
                 return
             self.restore(records, threads)
-            self._grow(records, int(needed * _SLACK))
+            self._grow(records, needed)
 
     def _record(
         self, records: DeviceRecords, noise: int, member: _core.MemberSpec, scale: float
@@ -151,37 +154,36 @@ class DeviceTable:
         records.active = True
         self._kernels.record(place, noise, member, scale, self._buffers(records), 1)
 
-    def _prepare(self, records: DeviceRecords) -> None:
+    def _prepare(
+        self, records: DeviceRecords, noise: int, member: _core.MemberSpec, scale: float
+    ) -> None:
         if records.values is not None:
             return
         units = self.tiles * self._kernels.tile_units
         records.marks = torch.empty(units, dtype=torch.uint8, device=self.device)
         records.offsets = torch.empty(self.tiles, dtype=torch.int32, device=self.device)
         records.demand = torch.zeros(1, dtype=torch.int64, device=self.device)
-        slabs = self._kernels.warps(self._index) * self._slab() // 2
-        self._grow(records, int(self._bytes * _FIRST_SHARE) // 4 + slabs + 1)
+        self._grow(records, self._expected_words(noise, member, scale, _SAMPLE_STRIDE))
 
-    def _grow(self, records: DeviceRecords, words: int) -> None:
+    def _grow(self, records: DeviceRecords, demand: int) -> None:
+        """A list for that many words, and for what each warp's last slab leaves unused."""
+        warps = max(1, int(self._kernels.warps(self._index)))
+        records.slab = max(_SMALLEST_SLAB, min(_LARGEST_SLAB, demand // warps // 8))
+        words = int(demand * _SLACK) + warps * records.slab
         records.values = None  # first: the old list may be what leaves no room for the new one
         try:
             records.values = torch.empty(words, dtype=torch.int32, device=self.device)
         except torch.OutOfMemoryError as error:
             raise MemoryError(
-                f"lean memory needs {4 * words / 1e9:.2f} GB on {self.device} for what rounding loses "
-                f"({str(error).splitlines()[0]}); the weights are restored. Free memory, or lower "
-                "sigma."
+                f"lean memory needs {4 * words / 1e9:.2f} GB on {self.device} for what rounding "
+                f"loses ({str(error).splitlines()[0]}); the weights are restored. Free memory, or "
+                "lower sigma."
             ) from None
-
-    def _slab(self) -> int:
-        """About an eighth of what a warp will need, so that little is left over at the end."""
-        warps = max(1, int(self._kernels.warps(self._index)))
-        share = int(self._bytes * _FIRST_SHARE) // 4 // warps // 8
-        return max(_SMALLEST_SLAB, min(_LARGEST_SLAB, share))
 
     def _buffers(self, records: DeviceRecords) -> Any:
         marks, offsets, values, demand = records.buffers
         pointers = [tensor.data_ptr() for tensor in (marks, offsets, values, demand)]
-        return self._kernels.Buffers(*pointers, values.numel(), self._slab())
+        return self._kernels.Buffers(*pointers, values.numel(), records.slab)
 
     def restore(self, records: DeviceRecords, threads: int) -> None:
         """Puts back the bits from before `perturb_recorded`."""
@@ -192,18 +194,22 @@ class DeviceTable:
         self._kernels.restore(place, noise, member, scale, self._buffers(records))
         records.active = False
 
+    def _expected_words(
+        self, noise: int, member: _core.MemberSpec, scale: float, stride: int
+    ) -> int:
+        if self.tiles == 0:
+            return 0
+        demand = torch.zeros(1, dtype=torch.int64, device=self.device)
+        counting = self._kernels.Buffers(0, 0, 0, demand.data_ptr(), 0, 0)
+        self._kernels.record(self._place(demand), noise, member, scale, counting, stride)
+        return int(demand.item()) * self.tiles // -(-self.tiles // stride)
+
     def expected_record_bytes(
         self, noise: int, member: _core.MemberSpec, scale: float, stride: int, threads: int
     ) -> int:
         """Bytes that the lists would take, from every stride-th tile; edits nothing."""
-        if self.tiles == 0:
-            return 0
-        demand = torch.zeros(1, dtype=torch.int64, device=self.device)
-        buffers = self._kernels.Buffers(0, 0, 0, demand.data_ptr(), 0, 0)
-        self._kernels.record(self._place(demand), noise, member, scale, buffers, stride)
-        visited = -(-self.tiles // stride)
-        values = 4 * int(demand.item()) * self.tiles // visited
-        return self.tiles * (self._kernels.tile_units + 4) + values
+        words = self._expected_words(noise, member, scale, stride)
+        return self.tiles * (self._kernels.tile_units + 4) + int(4 * words * _SLACK)
 
     # ---- update, checksum
 

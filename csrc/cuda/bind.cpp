@@ -63,14 +63,14 @@ py::tuple plan_of(const Rows& rows) {
 }
 
 void bind_calls(py::module_& m) {
-  py::class_<Place>(m, "Place")
+  py::class_<Place>(m, "Place", py::module_local())
       .def(py::init<uint64_t, uint32_t, uint32_t, int, uint64_t>(), py::arg("spans"),
            py::arg("count"), py::arg("tiles"), py::arg("device"), py::arg("stream"));
-  py::class_<Buffers>(m, "Buffers")
+  py::class_<Buffers>(m, "Buffers", py::module_local())
       .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint32_t>(),
            py::arg("marks"), py::arg("offsets"), py::arg("values"), py::arg("demand"),
            py::arg("capacity"), py::arg("slab"));
-  py::class_<Population>(m, "Population")
+  py::class_<Population>(m, "Population", py::module_local())
       .def(py::init<int, const std::vector<MemberSpec>&, const std::vector<double>&>(),
            py::arg("noise"), py::arg("members"), py::arg("coefficients"))
       .def_property_readonly("bytes", [](const Population& p) { return update_bytes(p.call); });

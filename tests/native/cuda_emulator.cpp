@@ -4,14 +4,12 @@
 // stores of units, the noise, the rounding, the lists of lean memory. What a warp does together (sums
 // over lanes, one reservation a tile) is written out here a second time. A small odd grid makes
 // warps visit many tiles each.
-#include <cmath>
-#include <cstdio>
+#include <pybind11/stl.h>
 
 #include "../../csrc/cuda/bind.hpp"
 #include "../../csrc/cuda/cuda.hpp"
 #include "../../csrc/cuda/tiles.hpp"
 #include "../../csrc/float_environment.hpp"
-#include "../../csrc/shaping.hpp"
 
 namespace esfast::cuda {
 
@@ -37,7 +35,7 @@ void tiles_of_warp(const Place& place, uint32_t warp, uint32_t stride, Body&& bo
 }
 
 template <class Body>
-void for_warps(const Place& place, uint32_t stride, Body&& body) {
+void for_warps(uint32_t stride, Body&& body) {
   const DefaultFloats floats;
   for (uint32_t block = 0; block < kBlocks; ++block)
     for (uint32_t thread = 0; thread < kThreads; thread += kWarp)
@@ -46,7 +44,7 @@ void for_warps(const Place& place, uint32_t stride, Body&& body) {
 
 template <class Body>
 Status for_lanes(const Place& place, Body&& body) {
-  for_warps(place, 1, [&](uint32_t warp, uint32_t stride) {
+  for_warps(1, [&](uint32_t warp, uint32_t stride) {
     tiles_of_warp(place, warp, stride, [&](const Span& s, uint32_t tile) {
       for (uint32_t lane = 0; lane < kWarp; ++lane) body(s, lane_of(s, tile, lane), lane);
     });
@@ -145,7 +143,7 @@ Status record(const Place& place, const PerturbCall& call, const Buffers& buffer
   const Perturbation p = perturbation_of(call);
   *lists.demand = 0;
   with_noise(call.noise, [&](auto noise) {
-    for_warps(place, stride, [&](uint32_t warp, uint32_t every) {
+    for_warps(stride, [&](uint32_t warp, uint32_t every) {
       Slab slab;
       tiles_of_warp(place, warp, every, [&](const Span& s, uint32_t tile) {
         record_one<decltype(noise)::value>(s, tile, p, lists, slab);
@@ -159,7 +157,7 @@ Status restore(const Place& place, const PerturbCall& call, const Buffers& buffe
   const Lists lists = lists_of(buffers);
   const Perturbation p = perturbation_of(call);
   with_noise(call.noise, [&](auto noise) {
-    for_warps(place, 1, [&](uint32_t warp, uint32_t stride) {
+    for_warps(1, [&](uint32_t warp, uint32_t stride) {
       tiles_of_warp(place, warp, stride, [&](const Span& s, uint32_t tile) {
         if (lists.offsets[tile] == kNoRoom) return;
         int before = 0;

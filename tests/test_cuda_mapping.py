@@ -1,0 +1,211 @@
+"""The CUDA half where there is no GPU: its mapping, and its device functions on the CPU.
+
+`emulated` puts the emulator in the place of the kernels and every table on it, and the tests of the
+weights, updates and shards then run a second time, unchanged, over csrc/cuda/tiles.hpp.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import test_sharding
+import test_update
+import test_weights
+import torch
+from cases import DTYPES, assert_bits, made, member, plain_bits, tensor_of
+from cuda_emulator import built
+
+from esfast import ParameterTable, Weights, _core, device_table, weights
+from esfast.parameters import Segment
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return built(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def emulated(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(device_table, "driver", lambda: emulator.cuda)
+    monkeypatch.setattr(weights, "make_table", device_table.DeviceTable)
+    monkeypatch.setattr(weights, "make_records", lambda device: device_table.DeviceRecords())
+    yield
+
+
+# ---- the mapping covers every element once -----------------------------------------------------
+
+
+def visited(emulator: Any, segments: list[Segment], blocks: int, threads: int) -> None:
+    """Every element's word becomes 1 + 256 * its logical index, if it is visited exactly once."""
+    rows = ParameterTable(segments).rows()
+    spans, tiles = emulator.cuda.plan(rows)
+    count = len(spans) // emulator.cuda.span_bytes
+    place = emulator.cuda.Place(spans.ctypes.data, count, tiles, 0, 0)
+    emulator.cover(place, blocks, threads)
+
+
+def expected_words(segment: Segment) -> np.ndarray:
+    index = np.zeros(segment.tensor.shape, dtype=np.uint64)
+    for axis, (n, first) in enumerate(zip(segment.tensor.shape, segment.origin, strict=True)):
+        at = np.arange(first, first + n, dtype=np.uint64)
+        step = np.uint64(math.prod(segment.shape[axis + 1 :]))
+        index = index + (at * step).reshape(-1, *[1] * (index.ndim - axis - 1))
+    return ((index << np.uint64(8)) + np.uint64(1)).astype(np.uint32)
+
+
+def assert_visited(segments: list[Segment]) -> None:
+    for segment in segments:
+        words = segment.tensor.contiguous().view(torch.int32).numpy().view(np.uint32)
+        np.testing.assert_array_equal(words, expected_words(segment), segment.name)
+
+
+GRIDS = [(1, 32), (3, 96), (132, 256)]
+
+
+def awkward() -> list[Segment]:
+    """Odd extents at every address modulo 16 bytes, single elements, empty pieces."""
+    out = []
+    for offset in range(4):
+        for n in (0, 1, 2, 7, 8, 9, 511, 512, 513, 1025):
+            view = torch.zeros(n + offset)[offset:]
+            out.append(Segment(f"t{offset}.{n}", (n,), view))
+    for start in range(9):
+        view = torch.zeros(37)
+        out.append(Segment(f"s{start}", (100,), view, (start,)))
+    for first, cols in ((0, 1), (3, 5), (5, 8), (1, 19), (16, 16)):
+        out.append(Segment(f"c{first}", (33, 41), torch.zeros(33, cols), (0, first)))
+        view = torch.zeros(33, 48)[:, first : first + cols]
+        out.append(Segment(f"v{first}", (33, 48), view, (0, first)))
+    out.append(Segment("strided", (20, 30), torch.zeros(40, 60)[::2, ::2]))
+    out.append(Segment("transposed", (20, 30), torch.zeros(30, 20).t()))
+    return out
+
+
+@pytest.mark.parametrize(("blocks", "threads"), GRIDS)
+def test_awkward_tables_are_covered_once(emulator: Any, blocks: int, threads: int) -> None:
+    segments = awkward()
+    visited(emulator, segments, blocks, threads)
+    assert_visited(segments)
+
+
+def test_thousands_of_tiny_tensors_and_a_huge_one(emulator: Any) -> None:
+    segments = [Segment(f"n{k}", (k % 9,), torch.zeros(k % 9)) for k in range(5000)]
+    segments.insert(2500, Segment("huge", (3_000_001,), torch.zeros(3_000_001)))
+    visited(emulator, segments, 132, 256)
+    assert_visited(segments)
+
+
+def test_gaps_stay_untouched(emulator: Any) -> None:
+    room = torch.zeros(64, 50)
+    segments = [Segment("v", (30, 20), room[3:33, 7:47:2])]
+    visited(emulator, segments, 3, 96)
+    assert_visited(segments)
+    segments[0].tensor.zero_()
+    assert not room.any()
+
+
+def spans_of(
+    emulator: Any, shape: tuple[int, ...], extent: tuple[int, int], start: tuple[int, int]
+) -> np.ndarray:
+    """The plan of a segment that nobody could hold: its addresses are never followed."""
+    rows = np.zeros(1, dtype=_core.segment_dtype)
+    rows["live"] = rows["base"] = 1 << 40
+    rows["rows"], rows["cols"] = extent
+    rows["live_row_stride"], rows["live_column_stride"] = extent[1], 1
+    rows["origin"], rows["canonical_row_stride"] = start[0] * shape[1] + start[1], shape[1]
+    spans, tiles = emulator.cuda.plan(rows)
+    table = spans.view(np.uint64).reshape(-1, emulator.cuda.span_bytes // 8)
+    assert tiles > 0
+    return table
+
+
+@pytest.mark.parametrize(
+    ("shape", "extent", "start"),
+    [
+        ((1, 1 << 36), (1, 1 << 36), (0, 0)),
+        ((1, 1 << 36), (1, (1 << 35) + 3), (0, 12345)),
+        ((1 << 18, 1 << 17), (1 << 18, 5), (0, 77)),
+        ((3, (1 << 34) + 11), (3, (1 << 33) + 5), (0, 1 << 33)),
+        ((1 << 31, 4), (1 << 31, 3), (0, 1)),
+    ],
+)
+def test_no_counter_carries_inside_a_span(
+    emulator: Any, shape: tuple[int, ...], extent: tuple[int, int], start: tuple[int, int]
+) -> None:
+    """Spans of a giant cover all its elements, and none crosses a multiple of 2^33."""
+    table = spans_of(emulator, shape, extent, start)
+    cols, origin, stride = (table[:, k].astype(object) for k in (7, 8, 9))
+    rows = (table[:, 10] & 0xFFFFFFFF).astype(object)
+    per_row = (table[:, 10] >> 32).astype(object)
+    last = origin + (rows - 1) * stride + cols - 1
+    assert ((origin >> 33) == (last >> 33)).all()
+    assert (rows * per_row < 2**31).all()
+    assert int((rows * cols).sum()) == extent[0] * extent[1]
+    assert int(origin.min()) == start[0] * shape[1] + start[1]
+    assert int(last.max()) == (start[0] + extent[0] - 1) * shape[1] + start[1] + extent[1] - 1
+
+
+def test_the_square_root_is_asked_for_what_it_can_answer(emulator: Any) -> None:
+    """The branch-free root is right for -0, 0 and from 2^-60 up; all 2^30 words are looked at."""
+    least, most, wrong = emulator.radius_arguments()
+    assert wrong == 0 and least >= 2.0**-24 and most < 64
+
+
+# ---- the suite again, over the device's functions ----------------------------------------------
+
+Case = Callable[..., None]
+# What is about the CPU's targets, or would only repeat.
+LEFT_OUT = {"test_flushing_denormals_outside_changes_nothing", "test_threads_do_not_matter"}
+
+
+def cases_of(module: ModuleType) -> Iterator[Any]:
+    """The tests of a module that run on a target, with every combination of their parameters."""
+    for name, function in vars(module).items():
+        if not name.startswith("test_") or name in LEFT_OUT:
+            continue
+        if "target" not in inspect.signature(function).parameters:
+            continue
+        marks = [m for m in getattr(function, "pytestmark", []) if m.name == "parametrize"]
+        names = [m.args[0] for m in marks]
+        for values in itertools.product(*(m.args[1] for m in marks)):
+            given = dict(zip(names, values, strict=True))
+            yield pytest.param(function, given, id="-".join([name[5:], *map(str, values)]))
+
+
+AGAIN = [case for module in (test_weights, test_update, test_sharding) for case in cases_of(module)]
+
+
+@pytest.mark.parametrize(("case", "given"), AGAIN)
+def test_again(emulated: None, case: Case, given: dict[str, Any]) -> None:
+    case(target="emulated", **given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_grow_until_they_hold_everything(emulated: None, dtype: str) -> None:
+    """Lists sized for a small sigma: tiles without room stay as they are, and nothing is lost."""
+    bits = plain_bits(dtype, 300_001)
+    model, other = {"w": tensor_of(bits, dtype)}, {"w": tensor_of(bits, dtype)}
+    lean, shadow = made(model, "lean"), made(other, "shadow")
+    held = []
+    for sigma in (1e-6, 0.1, 1e4):
+        for w in (lean, shadow):
+            w.perturb(member("gaussian"), sigma)
+        assert_bits(model["w"], other["w"], "perturbed")
+        held.append(lean.memory_use().extra_bytes)
+        lean.restore()
+        assert_bits(model["w"], bits, "restored")
+    assert held[0] < held[-1] and held[-1] > bits.nbytes
+
+
+def test_a_table_of_nothing(emulated: None) -> None:
+    w = Weights(ParameterTable.from_tensors({"empty": torch.zeros(0, 4)}))
+    w.perturb(member("gaussian"), 0.1)
+    w.restore()
+    assert w.checksum() == "0" * 16 and w.expected_bytes(0.1) == 0
