@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import workload
+
+from esfast.bench.workload import Shapes, llama_shapes, sixteenth
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,5 +12,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def size(request: pytest.FixtureRequest) -> tuple[int, int]:
-    return workload.FULL if request.config.getoption("--full") else workload.SIXTEENTH
+def shapes(request: pytest.FixtureRequest) -> Shapes:
+    whole = llama_shapes(layers=30, rows=49152)
+    return whole if request.config.getoption("--full") else sixteenth(whole)

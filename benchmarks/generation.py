@@ -22,12 +22,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from kernels import commit, device_name
 from rich.progress import Progress
 
 from esfast.engines import Sampling
 from esfast.engines.transformers import TransformersEngine
 from esfast.models import DEFAULT_MODEL, load_model
+from esfast.provenance import commit, device_name
 
 RESULTS = Path(__file__).parent / "results" / "generation_cpu.csv"
 COLUMNS = ("commit", "date", "device", "threads", "dtype", "prompts", "new_tokens", "variant",

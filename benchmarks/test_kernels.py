@@ -3,8 +3,8 @@
     pytest benchmarks [--full] [-k "update and bfloat16"]
 
 A group is one kernel and dtype, so that the table printed for it has the torch loop and the
-read-modify-write limit in it. `extra_info` holds ns a parameter. benchmarks/kernels.py interleaves
-the same variants and is what the committed results come from.
+read-modify-write limit in it. `extra_info` holds ns a parameter. `esfast bench` interleaves
+the same variants and is what the committed results come from (benchmarks/kernels.py).
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import peers
 import pytest
 import torch
-import workload
-from workload import Bench, Case
+
+from esfast.bench import peers, workload
+from esfast.bench.workload import Bench, Shapes
+from esfast.members import NOISES
+from esfast.weights import MEMORIES
 
 THREADS = 2
+POPULATIONS = {"gaussian": (8, 30, 128), "rademacher": (8, 30, 128), "hadamard": (8, 32, 128)}
 
 
-@pytest.fixture(scope="module", params=workload.DTYPES)
-def bench(request: pytest.FixtureRequest, size: tuple[int, int]) -> Iterator[Bench]:
+@pytest.fixture(scope="module", params=tuple(workload.DTYPES))
+def bench(request: pytest.FixtureRequest, shapes: Shapes) -> Iterator[Bench]:
     """The weights of one dtype; pytest runs all of a dtype's tests together."""
     torch.set_num_threads(THREADS)
-    yield Bench(request.param, size, THREADS)
+    yield Bench(shapes, request.param, THREADS)
 
 
 def record(
@@ -37,20 +40,17 @@ def record(
 ) -> None:
     benchmark.group = group
     benchmark.pedantic(run, setup=lambda: setup() and None, rounds=3, warmup_rounds=1)
-    benchmark.extra_info["ns_per_parameter"] = benchmark.stats.stats.median * 1e9 / parameters
+    if benchmark.stats:  # none under --benchmark-disable
+        benchmark.extra_info["ns_per_parameter"] = benchmark.stats.stats.median * 1e9 / parameters
 
 
-def dtype_of(bench: Bench) -> str:
-    return str(bench.live()[0].dtype).removeprefix("torch.")
-
-
-@pytest.mark.parametrize("memory", workload.MEMORIES)
-@pytest.mark.parametrize("noise", workload.NOISES)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("noise", NOISES)
 def test_perturb(benchmark: Any, bench: Bench, noise: str, memory: str) -> None:
     weights, member = bench.weights(memory), workload.members(noise, 1)[0]
     record(
         benchmark,
-        f"perturb {dtype_of(bench)}",
+        f"perturb {bench.dtype}",
         bench.parameters,
         lambda: weights.perturb(member, workload.SIGMA),
         weights.restore,
@@ -58,47 +58,50 @@ def test_perturb(benchmark: Any, bench: Bench, noise: str, memory: str) -> None:
     weights.restore()
 
 
-@pytest.mark.parametrize("memory", workload.MEMORIES)
-@pytest.mark.parametrize("noise", workload.NOISES)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("noise", NOISES)
 def test_restore(benchmark: Any, bench: Bench, noise: str, memory: str) -> None:
     weights, member = bench.weights(memory), workload.members(noise, 1)[0]
     record(
         benchmark,
-        f"restore {dtype_of(bench)}",
+        f"restore {bench.dtype}",
         bench.parameters,
         weights.restore,
         lambda: weights.perturb(member, workload.SIGMA),
     )
 
 
-@pytest.mark.parametrize("memory", workload.MEMORIES)
-@pytest.mark.parametrize(
-    ("noise", "population"), [(n, p) for n in workload.NOISES for p in workload.POPULATIONS[n]]
-)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("noise", "population"), [(n, p) for n in NOISES for p in POPULATIONS[n]])
 def test_update(benchmark: Any, bench: Bench, noise: str, population: int, memory: str) -> None:
-    case = Case("update", noise, dtype_of(bench), memory, population)
-    run = workload.passes(case, bench.weights(memory))
-    record(benchmark, f"update {dtype_of(bench)}", bench.parameters, run)
+    weights, members = bench.weights(memory), workload.members(noise, population)
+    scalars = workload.coefficients(population)
+    record(
+        benchmark,
+        f"update {bench.dtype}",
+        bench.parameters,
+        lambda: weights.update(members, scalars, seed=7),
+    )
 
 
 @pytest.mark.parametrize("kernel", ["perturb", "restore"])
 def test_torch_perturb(benchmark: Any, bench: Bench, kernel: str) -> None:
     """The restore of the torch loops is the perturbation with the other sign."""
     live, sigma = bench.live(), workload.SIGMA if kernel == "perturb" else -workload.SIGMA
-    group = f"{kernel} {dtype_of(bench)}"
+    group = f"{kernel} {bench.dtype}"
     record(benchmark, group, bench.parameters, lambda: peers.perturb(live, 1, sigma))
 
 
 @pytest.mark.parametrize("population", [8, 30, 128])
 def test_torch_update(benchmark: Any, bench: Bench, population: int) -> None:
-    """On one layer: 128 members over the whole table would take a minute a round."""
-    small = list(workload.tensors(dtype_of(bench), workload.ONE_LAYER).values())
+    """On a sixteenth: 128 members over the whole table would take two minutes a round."""
+    part = bench.part()
     scalars = workload.coefficients(population)
     record(
         benchmark,
-        f"update {dtype_of(bench)}",
-        sum(tensor.numel() for tensor in small),
-        lambda: peers.update(small, range(population), scalars),
+        f"update {bench.dtype}",
+        sum(tensor.numel() for tensor in part),
+        lambda: peers.update(part, range(population), scalars),
     )
 
 
@@ -106,5 +109,5 @@ def test_torch_update(benchmark: Any, bench: Bench, population: int) -> None:
 def test_read_modify_write(benchmark: Any, bench: Bench, kernel: str) -> None:
     """The limit, once in each group."""
     buffer = bench.buffer()
-    group = f"{kernel} {dtype_of(bench)}"
+    group = f"{kernel} {bench.dtype}"
     record(benchmark, group, bench.parameters, lambda: peers.read_modify_write(buffer))

@@ -6,19 +6,21 @@ Every picture says at its foot how it was made, and again in the PNG's metadata.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError
 from esfast.provenance import one_line
 from esfast.run_folder import METRICS, PLOTS, SUMMARY, read_config, read_json, read_lines
+from esfast.whole_file import whole_file
 
 INK = "#27465f"
 BAND = "#9cc0d9"
 MARK = "#c4572e"
 SIZE = (7.0, 4.2)
 PIXELS_PER_INCH = 150
+PANELS_IN_A_ROW = 3
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -40,29 +42,39 @@ def draw_run(folder: Path) -> list[Path]:
     (folder / PLOTS).mkdir(exist_ok=True)
     drawn = [(folder / PLOTS / f"{name}.png", draw) for name, draw, there in pictures if there]
     for path, draw in drawn:
-        _picture(path, draw, made)
+        picture(path, [draw], made)
     return [path for path, _ in drawn]
 
 
-def _picture(path: Path, draw: Callable[[Any], None], made: str) -> None:
+def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> None:
+    """A PNG at `path`, a panel a function that draws on the axes given to it, three in a row.
+
+    made: the line at the foot and in the metadata. Raises ConfigError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError(
-            f"plots need matplotlib ({error}); pip install matplotlib, or give --no-plots."
+            f"plots need matplotlib ({error}); pip install matplotlib, or leave the plots out "
+            f"(esfast train --no-plots)."
         ) from None
-    figure = Figure(figsize=SIZE, dpi=PIXELS_PER_INCH, layout="constrained")
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    draw(axes)
-    if axes.get_xlabel() == "generation":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel("\n".join(textwrap.wrap(made, 130)), fontsize=5.5, color="#777777")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", metadata={"Software": "esfast", "Comment": made})
-    temporary.replace(path)
+    columns = min(len(panels), PANELS_IN_A_ROW)
+    rows = -(-len(panels) // columns)
+    size = (columns * SIZE[0], rows * SIZE[1])
+    figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout="constrained")
+    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        draw(axes)
+        if axes.get_xlabel() == "generation":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
+    foot = "\n".join(textwrap.wrap(made, 130 * columns))
+    figure.supxlabel(foot, fontsize=5.5, color="#777777")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": "esfast", "Comment": made})
 
 
 def _rewards(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -49,6 +50,18 @@ def commit() -> str | None:
     if not found:
         return None
     return found + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name(device: str = "cpu") -> str:
+    """The processor of this machine and its cores, or a CUDA device's name."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()} x{os.cpu_count()}"
 
 
 def one_line(made: dict[str, Any]) -> str:
