@@ -15,10 +15,11 @@ import fcntl
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from esfast.errors import ConfigError, DataError, EsfastError, StateError
@@ -42,7 +43,7 @@ from esfast.journal_format import (
 
 JOURNAL = "journal.esj"  # its name in a run's folder
 EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
-_EXPORT = struct.Struct("<8sHQ16s")  # magic, version, bytes and digest of the journal inside
+_EXPORT = struct.Struct("<8sHQ16s")  # magic, version, bytes of the journal, check of what follows
 EXPORT_VERSION = 1
 LARGEST_JOURNAL = 1 << 32  # bytes that an exported journal may unpack to
 
@@ -289,16 +290,18 @@ class JournalWriter:
         self.close()
 
 
-def export_journal(journal: Journal, path: str | Path) -> int:
-    """Writes the updates alone (no rewards, no settings of the run) as one compressed file.
+def export_journal(journal: Journal, path: str | Path, run: Mapping[str, Any] | None = None) -> int:
+    """Writes the updates alone as one compressed file: no rewards, and of the run only `run`.
 
     It holds what `read_journal` takes and what leads to the same weights. Replaces `path` at once;
     returns its size in bytes. Raises EsfastError where it cannot be written.
     """
-    header = encode_header(journal.header)
+    header = encode_header(replace(journal.header, run=run or {}))
     plain = _sealed(header, (r for r in journal.records if not isinstance(r, SegmentRecord)))
-    data = _EXPORT.pack(EXPORT_MAGIC, EXPORT_VERSION, len(plain), check_of(b"", plain, 16))
-    data += zlib.compress(plain, 9)
+    packed = zlib.compress(plain, 9)
+    data = (
+        _EXPORT.pack(EXPORT_MAGIC, EXPORT_VERSION, len(plain), check_of(b"", packed, 16)) + packed
+    )
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
     try:
@@ -320,14 +323,10 @@ def _sealed(header: bytes, records: Iterable[Record]) -> bytes:
     parts, chain = [header], header[-CHECK_BYTES:]
     for record in records:
         if isinstance(record, GenerationRecord):
-            record = _without_rewards(record)
+            record = replace(record, rewards=None)
         data, chain = seal(chain, *encode(record))
         parts.append(data)
     return b"".join(parts)
-
-
-def _without_rewards(record: GenerationRecord) -> GenerationRecord:
-    return GenerationRecord(**{**vars(record), "rewards": None})
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
@@ -348,13 +347,14 @@ def _unpacked(data: bytes, where: str) -> bytes:
         )
     if length > LARGEST_JOURNAL:
         raise damaged
+    packed = data[_EXPORT.size :]
+    if check_of(b"", packed, 16) != digest:
+        raise damaged
     try:
-        unpacking = zlib.decompressobj()
-        plain = unpacking.decompress(data[_EXPORT.size :], length + 1)
+        plain = zlib.decompressobj().decompress(packed, length + 1)
     except zlib.error:
         raise damaged from None
-    whole = unpacking.eof and not unpacking.unused_data and len(plain) == length
-    if not whole or not plain.startswith(MAGIC) or check_of(b"", plain, 16) != digest:
+    if len(plain) != length or not plain.startswith(MAGIC):
         raise damaged
     return plain
 

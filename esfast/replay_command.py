@@ -32,7 +32,7 @@ from esfast.weights import MEMORIES
 
 def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast replay`."""
-    parser.add_argument("run", help="run folder, or its journal.esj")
+    parser.add_argument("journal", metavar="RUN", help="run folder, or its journal.esj")
     _add_target_flags(parser)
     parser.add_argument("--until", type=int, default=None, help="generations; all if not given")
     parser.add_argument("--verify", action="store_true", help="compare every recorded checksum")
@@ -40,14 +40,14 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast apply`."""
-    parser.add_argument("run", metavar="adapter", help="file made by esfast export-adapter")
+    parser.add_argument("journal", metavar="ADAPTER", help="file of esfast export-adapter")
     _add_target_flags(parser)
     parser.set_defaults(until=None, verify=True)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast export-adapter`."""
-    parser.add_argument("run", help="run folder, or its journal.esj")
+    parser.add_argument("journal", metavar="RUN", help="run folder, or its journal.esj")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="such as tuned.esj")
 
 
@@ -61,7 +61,7 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
 def run_replay(args: argparse.Namespace) -> int:
     """Writes the tuned model; also `esfast apply`. Refuses what it can before loading."""
     console = Console()
-    journal = read_journal(args.run)
+    journal = read_journal(args.journal)
     done = len(journal.generations)
     until = done if args.until is None else args.until
     if not 0 <= until <= done:
@@ -80,15 +80,17 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes the compressed journal."""
-    journal = read_journal(args.run)
+    journal = read_journal(args.journal)
     if journal.torn is not None:
         _say(Console(), journal.torn)
-    size = export_journal(journal, args.output)
+    model = str(journal.header.run.get("model", "not recorded"))
+    name = Path(model).name if Path(model).is_absolute() else model
+    size = export_journal(journal, args.output, {"model": name})
     _say(
         Console(),
         f"{len(journal.generations)} generations in {args.output}: {size} bytes, against "
-        f"{_weights_bytes(journal.header)} of weights. Give it with the name of its base model, "
-        f"{journal.header.run.get('model', 'which it does not hold')}.",
+        f"{_weights_bytes(journal.header)} of weights. It names its base model ({name}) and the "
+        "base's checksum; esfast apply needs both files.",
     )
     return 0
 
@@ -116,10 +118,9 @@ def _with_bar(
 
 def _made(args: argparse.Namespace, journal: Journal, until: int, checksum: str) -> dict[str, Any]:
     return {
-        "made": provenance(),
+        "made": provenance(args.command_line),
         "base": str(args.base),
         "base_checksum": journal.header.base_checksum,
-        "journal": Path(args.run).name,
         "chain": journal.chain_at(until),
         "generations": until,
         "checksum": checksum,

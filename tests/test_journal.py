@@ -151,7 +151,7 @@ def test_an_exported_journal_holds_the_updates_alone(tmp_path, whole):
     (tmp_path / "j").write_bytes(whole)
     export_journal(read_journal(tmp_path / "j"), tmp_path / "e")
     journal = read_journal(tmp_path / "e")
-    assert journal.header == HEADER
+    assert journal.header == replace(HEADER, run={})
     assert not [r for r in journal.records if isinstance(r, SegmentRecord)]
     kept = [r for r in sample_records() if not isinstance(r, SegmentRecord)]
     for got, want in zip(journal.records, kept, strict=True):
@@ -333,8 +333,8 @@ def resealed(kind: int, payload: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("kind", "payload"),
-    [(0, b""), (7, b"abc"), (1, b""), (1, bytes(50)), (2, b"[]"), (2, b"{"), (2, b"\xff"), (3, b"1"),
-     (2, b'{"generation": "0", "changes": {}}'), (2, b"[" * 100_000),
+    [(0, b""), (7, b"abc"), (1, b""), (1, bytes(50)), (2, b"[]"), (2, b"{"), (2, b"\xff"),
+     (3, b"1"), (2, b'{"generation": "0", "changes": {}}'), (2, b"[" * 100_000),
      (1, form.encode(generation(0))[1][:-1]), (1, form.encode(generation(0))[1] + b"\0"),
      (1, form.encode(generation(0))[1][:33] + b"\xff" + form.encode(generation(0))[1][34:]),
      (1, form.encode(generation(0))[1][:24] + b"\x07" + form.encode(generation(0))[1][25:])],
@@ -381,7 +381,7 @@ def test_a_damaged_export_is_refused(tmp_path, whole):
         (tmp_path / "bad").write_bytes(bad)
         if bad == data:
             continue
-        with pytest.raises(DataError, match="damaged|no journal|version"):
+        with pytest.raises(DataError, match=r"damaged|no journal|version"):
             pytest.fail(f"{what}: {read_journal(tmp_path / 'bad')}")
 
 
@@ -450,7 +450,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
         try:
             with pytest.raises(
-                EsfastError, match="cannot write .*What was written before is whole"
+                EsfastError, match=r"cannot write .*What was written before is whole"
             ):
                 writer.append(generation(1))
         finally:

@@ -30,7 +30,7 @@ from esfast import (
     _core,
 )
 from esfast.anchor import Anchor
-from esfast.journal import Journal, JournalWriter, export_journal, read_journal
+from esfast.journal import Journal, export_journal, read_journal
 from esfast.journal_format import GenerationRecord, MarkRecord, SegmentRecord
 from esfast.replay import catch_up, header_of, keep_journal, replay, require_base, strategy_of
 from esfast.snapshots import load_snapshot, save_snapshot
