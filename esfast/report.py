@@ -76,5 +76,6 @@ def _cost_lines(result: TrainResult) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    line = text.strip().replace("\n", "\\n")
+    """On one line, with what would move a terminal's cursor written out."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
     return line if len(line) <= LONGEST_SHOWN else line[: LONGEST_SHOWN - 3] + "..."

@@ -265,3 +265,26 @@ def test_the_defaults_are_the_default_job():
     args = cli.build_parser().parse_args(["train"])
     assert train_command._task(args).name == "arithmetic"
     assert (args.sigma, args.alpha, args.memory, args.antithetic) == (0.003, 0.003, "lean", True)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_job_learns_its_task(here, seed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = [sys.executable, "-m", "esfast", "train", "--output", "run", "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["rise_in_standard_errors"] > 3
+    assert summary["held_out_after"]["solved"] > summary["held_out_before"]["solved"] + 0.3
+    assert summary["peak_over_inference"] <= 1.2
+    model = AutoModelForCausalLM.from_pretrained("run/model", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    question = [{"role": "user", "content": "What is 2 + 3? Reply with the bare equation."}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=13, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
+    assert tokenizer.decode(answer, skip_special_tokens=True).startswith("2 + 3 = 5")

@@ -31,7 +31,7 @@ from esfast.loggers import make_loggers, require_packages
 from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, process_seconds
 from esfast.plots import draw_run
 from esfast.progress import RunProgress
-from esfast.report import print_result
+from esfast.report import _shown, print_result
 from esfast.run_folder import RunFolder, append_line, read_lines
 from esfast.tasks import Example, Score, Task
 from esfast.train import TrainConfig, Trainer
@@ -282,6 +282,11 @@ def test_a_run_shows_a_line_a_generation_when_piped(tmp_path):
     assert "held-out" in lines[1] and "tokens/s" in lines[0] and "left 0:0" in lines[0]
     assert f"held-out score  {result.before.text()} -> {result.after.text()}" in text
     assert text.count("  before  ") == 4 and "peak memory" in text and "\x1b" not in text
+
+
+def test_what_a_model_wrote_cannot_move_the_cursor():
+    assert _shown(" a\nb\x1b[2Jc é ") == "a\\nb\\x1b[2Jc é"
+    assert len(_shown("x" * 999)) == 200
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
