@@ -297,8 +297,8 @@ ESFAST_FN Raw widened(const Raw& live) {
 
 // ---- update
 
-// The look-up tables of Hadamard groups in shared memory: entry v of byte j of a group, `1 << shift`
-// copies side by side, of which a lane reads its own, so that 32 copies leave no bank conflict.
+// The look-up tables of Hadamard groups: entry v of byte j of a group, `1 << shift` copies side by
+// side, of which a lane reads its own, so that 32 copies in shared memory leave no bank conflict.
 struct Tables {
   const int32_t* entries;
   int shift;
@@ -315,12 +315,23 @@ ESFAST_FN int32_t table_entry(const int32_t* coefficients, int byte, uint32_t va
   return sum;
 }
 
+ESFAST_FN uint32_t byte_of(uint32_t word, int j) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4440u + static_cast<uint32_t>(j));
+#else
+  return word >> (8 * j) & 255u;
+#endif
+}
+
+// A byte, a multiply-add to its address, and a load a look-up.
 ESFAST_FN int32_t table_sum(const Tables& t, int group, uint32_t word) {
+  const uint32_t step = 4u << t.shift;
+  const char* table = reinterpret_cast<const char*>(t.entries) + (group << (t.shift + 12));
   int32_t sum = 0;
   ESFAST_UNROLL
   for (int j = 0; j < 4; ++j) {
-    const uint32_t entry = static_cast<uint32_t>(group * 4 + j) << 8 | (word >> (8 * j) & 255u);
-    sum += t.entries[entry << t.shift | t.copy];
+    const char* column = table + (static_cast<uint32_t>(j) << (t.shift + 10) | t.copy * 4);
+    sum += *reinterpret_cast<const int32_t*>(column + byte_of(word, j) * step);
   }
   return sum;
 }
