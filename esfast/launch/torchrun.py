@@ -129,4 +129,6 @@ class TorchWorkers:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    """Without the source lines and advice that torch and gloo put around what happened."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rpartition("] ")[2].split(". ")[0][:200].rstrip(".")
