@@ -46,7 +46,7 @@ def load_model(
     with _quiet():
         model, tokenizer = _read(folder, dtype)
     _own_weights(model)
-    return LoadedModel(model.to(target).requires_grad_(False).eval(), tokenizer, folder)
+    return LoadedModel(model.to(target).eval(), tokenizer, folder)
 
 
 def model_folder(name_or_path: str | Path) -> Path:
