@@ -13,7 +13,7 @@ using namespace device;
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHadamardThreads = 576;    // one block a multiprocessor, which holds the tables
+constexpr int kHadamardThreads = 512;    // one block a multiprocessor, which holds the tables
 constexpr int kGroupEntries = 4 * 256;    // four bytes of a word
 constexpr size_t kGroupBytes = 4 * kGroupEntries;
 constexpr int kMostShift = 5;             // 32 copies: a bank a lane
