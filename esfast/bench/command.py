@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -101,7 +102,11 @@ def run_bench(args: argparse.Namespace) -> int:
     _require_outputs(args)
     plan = _plan(args)
     out = console()
-    made = {**provenance(), "device": device_name(plan.device), "load_average": load}
+    made = {
+        **provenance(args.command_line),
+        "device": device_name(plan.device),
+        "load_average": load,
+    }
     out.print(f"{made['device']}, {one_line(made)}", style="dim", highlight=False, soft_wrap=True)
     note = quiet_note(load, _cores()) if plan.device == CPU else None
     if note:
@@ -128,6 +133,8 @@ def _plan(args: argparse.Namespace) -> Plan:
     if not runs:
         known = ", ".join(map(str, _cases(args, args.dtype[0], device)[:3]))
         raise ConfigError(f"no case's name matches --only {args.only!r}; names are {known}, ...")
+    if args.plot is not None and all(c.noise == "none" for run in runs for c in run[2]):
+        raise ConfigError("--plot shows noise, and --only leaves no case with any; leave it out.")
     if args.parameters is None:
         shapes, table = shapes_of_model(args.model), args.model
     else:
@@ -176,10 +183,11 @@ def _device(name: str) -> str:
             f"--device {name!r} cannot be used: {str(error).splitlines()[0]}. Give cpu, or cuda "
             f"where `esfast info` shows a device."
         ) from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type != CPU:
+    if device.type not in (CPU, "cuda"):
         raise ConfigError(f"--device {name!r} is neither a CPU nor a CUDA device.")
+    if device.type == CPU:
+        return CPU
+    torch.cuda.set_device(device)  # events are recorded on its stream
     return str(device)
 
 
@@ -189,6 +197,8 @@ def _require_outputs(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag} {path} is no file in a folder that is there.")
     if args.csv is not None:
         read_csv(args.csv)  # refused now rather than after the measurement
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; pip install matplotlib, or leave --plot out.")
 
 
 def _require_room(plan: Plan) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from esfast.bench.rows import Row, bandwidths, issue_limits
-from esfast.bench.workload import BUFFER, CACHE, TORCH
+from esfast.bench.workload import BUFFER, CACHE, TORCH, UPDATE
 
-NARROWEST = 100  # columns, where the output is no terminal
-HEADINGS = ("kernel", "noise", "memory", "time", "ns/param", "GB/s", "normals/s", "of limit",
-            "x torch")  # fmt: skip
-_LEFT = HEADINGS[:3]
+NARROWEST = 80  # columns, where the output is no terminal
+HEADINGS = ("", "time", "ns/param", "GB/s", "normals/s", "of its limit", "x torch")
 
 
 def console() -> Console:
@@ -42,7 +41,8 @@ def quiet_note(load: float | None, cores: int) -> str | None:
         return None
     return (
         f"note: the load average was {load:.1f} on {cores} cores before this began, so other work "
-        "is running: figures are too low and vary; run again on a quiet machine."
+        "is running: figures are too low and vary, and torch's threads suffer most, which flatters "
+        "x torch; run again on a quiet machine."
     )
 
 
@@ -54,28 +54,26 @@ def _limit_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
+    """A block a noise and memory mode; 80 columns hold it."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    kernels = [row for row in rows if row.memory not in (BUFFER, CACHE)]
     before = None
-    for row in sorted(rows, key=lambda row: row.memory == TORCH):
-        if row.memory in (BUFFER, CACHE):
-            continue
-        if before is not None and before != (row.noise, row.memory):
-            table.add_row()
-        before = (row.noise, row.memory)
-        style = "dim" if row.memory == TORCH else None
-        table.add_row(*_cells(row), style=style)
+    for row in sorted(kernels, key=lambda row: row.memory == TORCH):
+        name = "no noise" if row.noise == "none" else f"{row.noise}, {row.memory}"
+        if name != before:
+            table.add_row(Text(name, style="bold"))
+        before = name
+        table.add_row(*_cells(row), style="dim" if row.memory == TORCH else None)
     return table
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    name = f"{row.kernel} {row.population}" if row.kernel == "update" else row.kernel
+    name = f"{row.kernel} {row.population}" if row.kernel == UPDATE else row.kernel
     share = f"{100 * row.share_of_limit:.0f} % {row.limit}" if row.share_of_limit else ""
     return (
-        name,
-        row.noise,
-        row.memory,
+        f"  {name}",
         _seconds(row.seconds),
         f"{row.ns_per_parameter:.3g}",
         f"{row.gb_per_s:.3g}" if row.gb_per_s else "",

@@ -28,7 +28,7 @@ TORCH, BUFFER, CACHE = "torch", "buffer", "cache"
 SIGMA = 1e-3
 SPREAD = 0.03
 LARGEST_BUFFER = 1 << 30  # bytes; more of them measures the same bandwidth
-WIDE = 1_000_000_000  # parameters from which a made-up table is 3,072 wide instead of 576
+MOST_LAYERS = 100  # of a made-up table
 PEER_SHARE = 16  # the slow peer runs on one in so many parameters
 Shapes = Mapping[str, tuple[int, ...]]
 Timer = Callable[[Callable[[], object]], float]
@@ -74,8 +74,13 @@ def llama_shapes(layers: int, rows: int, width: int = 576, inner: int = 1536) ->
 
 
 def shapes_of_count(parameters: int) -> Shapes:
-    """Exactly so many parameters: about a fifth in an embedding, then layers, and what is left."""
-    width, inner = (3072, 8192) if parameters >= WIDE else (576, 1536)
+    """Exactly so many parameters: about a fifth in an embedding, then layers, and what is left.
+
+    Layers are SmolLM2's, or twice as wide, or four times ..., so that there are at most 100.
+    """
+    width, inner = 576, 1536
+    while 0.79 * parameters > MOST_LAYERS * count(llama_shapes(1, 0, width, inner)):
+        width, inner = 2 * width, 2 * inner
     layer = count(llama_shapes(1, 0, width, inner)) - width  # without the last norm
     layers = max(0, int(0.79 * parameters - width)) // layer
     rows, rest = divmod(max(0, parameters - width - layers * layer), width)
