@@ -201,7 +201,7 @@ def test_lists_grow_until_they_hold_everything(emulated: None, dtype: str) -> No
         held.append(lean.memory_use().extra_bytes)
         lean.restore()
         assert_bits(model["w"], bits, "restored")
-    assert held[0] < held[-1] and held[-1] > bits.nbytes
+    assert held[0] < held[-1] and bits.nbytes < held[-1] < 2 * bits.nbytes
 
 
 def test_a_table_of_nothing(emulated: None) -> None:

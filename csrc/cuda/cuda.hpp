@@ -55,6 +55,9 @@ Status checksum(const Place&, uint64_t sum);  // sum: one 64-bit word, zeroed fi
 uint64_t update_bytes(const UpdateCall&);
 Status update(const Place&, const UpdateCall&, uint64_t workspace, uint64_t saturated);
 
+// The square roots of `count` fp32 numbers with consecutive bits, as the noise takes them: for a test.
+Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out);
+
 // Rewards to fitness on the device (shaping.hpp has the formulas), the bits of the CPU's.
 // rewards: [population, prompts] doubles, row-major; prompts is 1 but for group_centered.
 // workspace: doubles, shape_doubles(...) of them.

@@ -26,17 +26,19 @@ __device__ __forceinline__ int scan(int value, uint32_t lane, int& total) {
 // What a warp has reserved of `values` and not used yet, in words.
 struct Slab {
   uint32_t next = 0, left = 0;
+  bool full = false;  // a reservation failed: from then on only what is needed is counted
 };
 
 // The first of `words` words, or kNoRoom. The whole warp calls it with one value.
 __device__ __forceinline__ uint32_t reserve(const Lists& lists, uint32_t words, uint32_t lane,
                                             Slab& slab) {
   if (words > slab.left) {
-    const uint32_t size = words > lists.slab ? words : lists.slab;
+    const uint32_t size = words > lists.slab || slab.full ? words : lists.slab;
     unsigned long long start = 0;
     if (lane == 0) start = atomicAdd(lists.demand, static_cast<unsigned long long>(size));
     start = __shfl_sync(kAll, start, 0);
-    if (start + size > lists.capacity) return kNoRoom;
+    slab.full = start + size > lists.capacity;
+    if (slab.full) return kNoRoom;
     slab.next = static_cast<uint32_t>(start);
     slab.left = size;
   }

@@ -41,7 +41,22 @@ __global__ void __launch_bounds__(kThreads, 6)
   if (threadIdx.x % kWarp == 0) atomicAdd(out, static_cast<unsigned long long>(sum));
 }
 
+// The branch-free root of lanes/thread.hpp for consecutive fp32 bit patterns, for a test.
+__global__ void roots_kernel(uint32_t first, uint64_t count, float* out) {
+  const uint64_t every = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += every)
+    out[i] = Thread::sqrtf(Scalar::as_float(first + static_cast<uint32_t>(i)));
+}
+
 }  // namespace
+
+Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error(), "choosing the device");
+  roots_kernel<<<1024, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+      first, count, reinterpret_cast<float*>(out));
+  return status_of(cudaGetLastError(), "roots");
+}
 
 std::vector<std::string> devices() {
   int count = 0;  // an error leaves it as it is

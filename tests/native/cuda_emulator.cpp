@@ -70,15 +70,18 @@ Lists lists_of(const Buffers& b) {
 
 struct Slab {
   uint32_t next = 0, left = 0;
+  bool full = false;
 };
 
 uint32_t reserve(const Lists& lists, uint32_t words, Slab& slab) {
   if (words > slab.left) {
-    const uint32_t size = words > lists.slab ? words : lists.slab;
+    const uint32_t size = words > lists.slab || slab.full ? words : lists.slab;
     const unsigned long long start = *lists.demand;
     *lists.demand += size;
-    if (start + size > lists.capacity) return kNoRoom;
-    slab = {static_cast<uint32_t>(start), size};
+    slab.full = start + size > lists.capacity;
+    if (slab.full) return kNoRoom;
+    slab.next = static_cast<uint32_t>(start);
+    slab.left = size;
   }
   slab.next += words;
   slab.left -= words;
@@ -207,6 +210,7 @@ Status update(const Place& place, const UpdateCall& call, uint64_t workspace, ui
   return {};
 }
 
+Status roots(int, uint64_t, uint32_t, uint64_t, uint64_t) { return {"roots are not emulated"}; }
 uint64_t shape_doubles(uint64_t, uint64_t) { return 1; }
 Status shape(Shaping, int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t) {
   return {"shaping is not emulated"};
