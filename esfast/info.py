@@ -11,6 +11,7 @@ import torch
 import esfast
 from esfast import _core
 from esfast.provenance import commit, version
+from esfast.resources import usable_cores
 
 OPTIONAL = ("transformers", "gguf", "matplotlib", "reasoning-gym", "tensorboard", "trackio")
 
@@ -23,7 +24,7 @@ def info_lines() -> list[str]:
         "esfast": esfast.__version__ + (f" (commit {commit()})" if commit() else ""),
         "noise version": str(esfast.NOISE_VERSION),
         "targets": ", ".join(targets),
-        "cores": f"{_cores()} of {os.cpu_count()}",
+        "cores": f"{usable_cores()} of {os.cpu_count()}",
         "CUDA devices": ", ".join(map(str, _core.cuda_devices())) or "none",
         **{f"build {name}": str(value) for name, value in build.items()},
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -32,10 +33,3 @@ def info_lines() -> list[str]:
     }
     width = max(map(len, facts))
     return [f"{name:{width}}  {value}" for name, value in facts.items()]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

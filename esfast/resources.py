@@ -1,4 +1,4 @@
-"""Whether memory and disk suffice, asked before they are taken.
+"""What the machine has: cores, and whether memory and disk suffice, asked before they are taken.
 
 Linux: MemAvailable of /proc/meminfo (man 5 proc), and below it what the process's control group may
 still take (memory.max - memory.current + the file cache it can drop; cgroup v2). Elsewhere free
@@ -7,6 +7,7 @@ memory is unknown, and nothing is refused. The answer is a moment's: it reserves
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def available_memory() -> int | None:
     group = _group_room(GROUPS)
     known = [room for room in (system, group) if room is not None]
     return min(known, default=None)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def require_memory(needed: int, purpose: str, mend: str) -> None:

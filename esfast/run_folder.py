@@ -26,6 +26,7 @@ from typing import Any
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.journal import JOURNAL, JournalWriter
 from esfast.snapshots import SNAPSHOTS
+from esfast.whole_file import whole_file
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -101,17 +102,8 @@ class RunFolder:
         self._replace(name, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
     def _replace(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        temporary = path.with_name(f".{name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _unwritable(path, error) from None
+        with whole_file(self.path / name) as file:
+            file.write(data)
 
 
 def _make(path: Path) -> None:

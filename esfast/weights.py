@@ -12,10 +12,8 @@ Lean and shadow give the same bits. Between calls nobody else may edit the tenso
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, ParameterError, StateError
 from esfast.members import Member
 from esfast.parameters import ParameterTable
+from esfast.resources import available_memory, usable_cores
 from esfast.strategy import ROUNDINGS, AnchoredDecay
 
 MEMORIES = ("lean", "shadow", "master")
@@ -52,28 +51,12 @@ class UpdateReport:
     saturated: int
 
 
-def available_bytes() -> int | None:
-    """Memory that the system can give without swapping, or None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def free_bytes(device: torch.device) -> int | None:
     """Memory that a device can give: the system's, or what CUDA and torch's cache have free."""
     if device.type != "cuda":
-        return available_bytes()
+        return available_memory()
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + cached
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: what this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _scale(sign: int, sigma: float) -> float:
@@ -103,7 +86,7 @@ class Weights:
         self.table = table
         self.memory = memory
         self.anchor = anchor
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self._records = make_records(table.device)
         self._perturbed = False
         self._bases: list[torch.Tensor] = []

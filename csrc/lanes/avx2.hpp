@@ -7,10 +7,11 @@
 #include <cstring>
 
 #include "../target.hpp"
+#include "marked.hpp"
 
 namespace esfast::ESFAST_LANES {
 
-struct Avx2 {
+struct Avx2 : MarkedOneByOne {
   static constexpr int width = 8;
   static constexpr int vectors = 2;
   static constexpr int batches = 3;
@@ -155,19 +156,6 @@ struct Avx2 {
     z[1] = _mm256_unpackhi_epi64(a, c);
     z[2] = _mm256_unpacklo_epi64(b, d);
     z[3] = _mm256_unpackhi_epi64(b, d);
-  }
-
-  template <int bytes>
-  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
-    for (; marked; marked &= marked - 1, to += bytes)
-      memcpy(to, from + bytes * __builtin_ctz(marked), bytes);
-    return to;
-  }
-  template <int bytes>
-  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
-    for (; marked; marked &= marked - 1, from += bytes)
-      memcpy(to + bytes * __builtin_ctz(marked), from, bytes);
-    return from;
   }
 
  private:

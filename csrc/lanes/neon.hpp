@@ -8,10 +8,11 @@
 #include <cstring>
 
 #include "../target.hpp"
+#include "marked.hpp"
 
 namespace esfast::ESFAST_LANES {
 
-struct Neon {
+struct Neon : MarkedOneByOne {
   static constexpr int width = 4;
   static constexpr int vectors = 2;
   static constexpr int batches = 2;
@@ -147,19 +148,6 @@ struct Neon {
     z[1] = zip64_high(a, c);
     z[2] = zip64_low(b, d);
     z[3] = zip64_high(b, d);
-  }
-
-  template <int bytes>
-  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
-    for (; marked; marked &= marked - 1, to += bytes)
-      memcpy(to, from + bytes * __builtin_ctz(marked), bytes);
-    return to;
-  }
-  template <int bytes>
-  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
-    for (; marked; marked &= marked - 1, from += bytes)
-      memcpy(to + bytes * __builtin_ctz(marked), from, bytes);
-    return from;
   }
 
  private:

@@ -47,7 +47,7 @@ from esfast.errors import ConfigError
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
 from esfast.provenance import commit, device_name, one_line, provenance
-from esfast.resources import require_memory
+from esfast.resources import require_memory, usable_cores
 from esfast.weights import MEMORIES
 from esfast.whole_file import whole_file
 
@@ -84,7 +84,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--parameters", type=_count, default=None, metavar="N", help="or so many")
     where = parser.add_argument_group("where")
     where.add_argument("--device", default=CPU, help="cpu, or cuda")
-    where.add_argument("--threads", nargs="+", type=_positive, default=[_cores()])
+    where.add_argument("--threads", nargs="+", type=_positive, default=[usable_cores()])
     where.add_argument(
         "--targets", nargs="+", choices=_core.targets(), default=[_core.target()],
         help="instruction sets",
@@ -108,7 +108,7 @@ def run_bench(args: argparse.Namespace) -> int:
         "load_average": load,
     }
     out.print(f"{made['device']}, {one_line(made)}", style="dim", highlight=False, soft_wrap=True)
-    note = quiet_note(load, _cores()) if plan.device == CPU else None
+    note = quiet_note(load, usable_cores()) if plan.device == CPU else None
     if note:
         out.print(note, style="yellow", highlight=False, soft_wrap=True)
     rows = _measured(plan, load, out, args.csv)
@@ -265,11 +265,6 @@ def _stamp(plan: Plan, load: float | None, threads: int) -> Stamp:
 
 
 # ---- flags -------------------------------------------------------------------------------------
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from esfast.model_cache import cache_folder
 from esfast.tasks.base import Example, PoolTask, Score
 from esfast.tasks.draws import held_out_keys
 from esfast.tasks.harmless import is_formula, is_plain
+from esfast.whole_file import whole_file
 
 HELD_OUT_SHARE = 0.2
 SOLVED = 0.99
@@ -174,6 +174,5 @@ def _same(read: Any, written: Any) -> bool:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
