@@ -423,6 +423,16 @@ def test_a_torn_end_is_cut_off_when_the_run_goes_on(tmp_path, whole):
     assert path.read_bytes() == whole
 
 
+def test_nothing_is_left_of_a_torn_end(tmp_path):
+    """A torn record that is longer than what is written next."""
+    path = written(tmp_path / "j", [generation(n) for n in range(4)])
+    path.write_bytes(path.read_bytes()[:-1])
+    with JournalWriter.resume(path) as writer:
+        writer.append(MarkRecord(3, "1" * 16))
+    journal = read_journal(path)
+    assert journal.torn is None and same(journal.records[-1], MarkRecord(3, "1" * 16))
+
+
 @pytest.mark.parametrize("bad", [generation(5), MarkRecord(3, "0" * 16), SegmentRecord(1, {})])
 def test_a_record_out_of_order_is_not_written(tmp_path, bad):
     with JournalWriter.create(tmp_path / "j", HEADER) as writer:

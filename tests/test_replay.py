@@ -347,6 +347,24 @@ def test_a_snapshot_spares_replay_and_changes_nothing(memory, tmp_path):
     assert_tensors(again, model)
 
 
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+def test_a_snapshot_of_the_end_needs_no_replay(memory, tmp_path):
+    """Live weights, and the base that members start from, are the snapshot's."""
+    base = tensors("bfloat16", plain_bits)
+    model, again = clones(base), clones(base)
+    es = strategy(model, memory)
+    with keep_journal(es, tmp_path / "j") as writer:
+        for number in range(2):
+            es.step(np.random.default_rng(number).normal(size=6))
+        save_snapshot(tmp_path / "s", es.weights, es.generation, writer.chain)
+    resumed = strategy(again, memory)
+    catch_up(resumed, read_journal(tmp_path / "j"), tmp_path / "s")
+    assert_tensors(again, model)
+    for run_of in (es, resumed):
+        run_of.weights.perturb(Member(5), 0.3)
+    assert_tensors(again, model)
+
+
 def test_a_snapshot_of_another_kind_is_passed_over(tmp_path):
     base = tensors("bfloat16", plain_bits)
     model, again = clones(base), clones(base)

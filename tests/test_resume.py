@@ -17,7 +17,7 @@ from rich.console import Console
 from test_cli import REWARD, run
 from test_train import NumberEngine, Targets, interrupt_at
 
-from esfast import AnchoredDecay, DataError, EsfastError, StateError, StrategyConfig
+from esfast import AnchoredDecay, ConfigError, DataError, EsfastError, StateError, StrategyConfig
 from esfast.engines.base import Sampling
 from esfast.journal import read_journal
 from esfast.journal_format import MarkRecord, SegmentRecord
@@ -168,6 +168,13 @@ def test_a_damaged_journal_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match=r"record \d+ .*damaged"):
         trainer(tmp_path / "run", goes_on=True)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
+
+def test_settings_that_are_not_the_journals_are_refused(tmp_path):
+    trainer(tmp_path / "run", 2).run()
+    with pytest.raises(ConfigError, match="shaping 'z_score'"):
+        trainer(tmp_path / "run", 4, goes_on=True, strategy={"shaping": "z_score"}).run()
+    assert len(read_journal(tmp_path / "run").generations) == 2
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):

@@ -55,6 +55,13 @@ def test_every_member_is_evaluated_once(scenarios):
         assert sum(worker["asked"] for worker in scenarios[name]) == 5 * 8 + 5, name
 
 
+def test_no_bit_is_lost_on_the_way(scenarios):
+    for name in ("1:8", "2:8", "3:8"):
+        count = len(scenarios[name])
+        rows = np.array([[-0.0, np.nan, 0.1 + rank, 5e-324] for rank in range(count)])
+        assert {worker["bits"] for worker in scenarios[name]} == {rows.tobytes().hex()}
+
+
 def test_a_slow_worker_takes_fewer(scenarios):
     fast, slow = scenarios["2:8:slow"]
     assert slow["asked"] < (fast["asked"] - 5) / 2

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -100,6 +101,13 @@ def other(engine: Numbers, config: TrainConfig, act: str, workers) -> dict:
     return {"checksum": es.weights.checksum()}
 
 
+def bits(rank: int, count: int, workers) -> str:
+    """Every worker's row of numbers that a sum of floats would change, gathered, as hex."""
+    rows = np.zeros((count, 4))
+    rows[rank] = -0.0, np.nan, 0.1 + rank, 5e-324
+    return workers.gather(rows).tobytes().hex()
+
+
 def work(rank: int, count: int, size: int, act: str, folder: Path) -> dict:
     engine = Numbers(size, act, rank, rank == count - 1 > 0)
     strategy = StrategyConfig(sigma=0.05, alpha=0.1, population_size=POPULATION, antithetic=True)
@@ -114,6 +122,8 @@ def work(rank: int, count: int, size: int, act: str, folder: Path) -> dict:
             told = other(engine, config, act, workers)
     except EsfastError as error:
         told = {"error": str(error)}
+    if "error" not in told:
+        told["bits"] = bits(rank, count, workers)
     told |= {"asked": engine.asked, "sent": workers.bytes_sent}
     workers.close()
     return told
