@@ -10,7 +10,6 @@ two renames; a process killed between them leaves the old model beside, as `.NAM
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from esfast.errors import ConfigError, EsfastError
 from esfast.resources import require_disk
+from esfast.whole_file import sync
 
 # What save_model adds to a model's folder: where the weights come from.
 ORIGIN = "esfast.json"
@@ -97,7 +97,7 @@ def _swap(fresh: Path, target: Path) -> None:
         if replaces:
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if replaces:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -108,15 +108,7 @@ def _settle(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(mode)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _require_replaceable(target: Path) -> None:

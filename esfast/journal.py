@@ -16,7 +16,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from esfast.journal_format import (
     header_end,
     seal,
 )
+from esfast.whole_file import sync, whole_file
 
 JOURNAL = "journal.esj"  # its name in a run's folder
 EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
@@ -191,7 +191,7 @@ class JournalWriter:
             _write(descriptor, data)
             os.fsync(descriptor)
             os.link(temporary, path)  # unlike a rename it never replaces one
-            _sync_folder(path)
+            sync(path.parent)
         except FileExistsError:
             os.close(descriptor)
             raise ConfigError(
@@ -302,20 +302,8 @@ def export_journal(journal: Journal, path: str | Path, run: Mapping[str, Any] | 
     data = (
         _EXPORT.pack(EXPORT_MAGIC, EXPORT_VERSION, len(plain), check_of(b"", packed, 16)) + packed
     )
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(Path(path)) as file:
+        file.write(data)
     return len(data)
 
 
@@ -382,14 +370,6 @@ def _lock(descriptor: int, path: Path) -> None:
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> EsfastError:

@@ -10,7 +10,6 @@ rename). Only the newest is kept.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,6 +24,7 @@ from esfast.journal import Journal
 from esfast.parameters import ParameterTable
 from esfast.resources import require_disk
 from esfast.weights import Weights
+from esfast.whole_file import sync
 
 SNAPSHOTS = "snapshots"
 _PATTERN = "generation-*.safetensors"
@@ -49,14 +49,14 @@ def save_snapshot(folder: Path, weights: Weights, generation: int, chain: str) -
     try:
         folder.mkdir(exist_ok=True)
         save_file(tensors, temporary, told)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise EsfastError(f"no snapshot could be written to {folder}: {error}.") from None
-    for old in folder.glob(_PATTERN):
+    for old in [*folder.glob(_PATTERN), *folder.glob(f".{_PATTERN}.tmp")]:  # a killed run's, too
         if old != path:
             old.unlink(missing_ok=True)
     return path
@@ -101,11 +101,3 @@ def _checksum(weights: Weights, state: list[torch.Tensor]) -> str:
     segments = zip(weights.table.segments, state, strict=True)
     table = ParameterTable(replace(segment, tensor=tensor) for segment, tensor in segments)
     return Weights(table, threads=weights.threads).checksum()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

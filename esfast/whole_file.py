@@ -1,4 +1,5 @@
-"""A file that appears at once or not at all: a temporary one beside it, fsync, rename."""
+"""A file that appears at once or not at all: a temporary one beside it, fsync, rename, fsync of the
+folder's entry."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -32,3 +34,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             f"cannot write {path}: {error.strerror or error}. Free some space, or name another "
             f"file in a folder that is there."
         ) from None
+
+
+def sync(path: Path) -> None:
+    """A file's content, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -104,7 +104,7 @@ def arm(kind: str, rng: random.Random) -> None:
     elif kind == "sync":
         os.fsync = counted(os.fsync, number, lambda *a: die(), after=rng.random() < 0.5)
     elif kind == "snapshot":
-        at = rng.choice(["_sync", "save_file", "_checksum"])
+        at = rng.choice(["sync", "save_file", "_checksum"])
         wrapped = counted(getattr(snapshots, at), rng.randint(1, 2), lambda *a: die(), True)
         setattr(snapshots, at, wrapped)
     elif kind == "create":
