@@ -8,8 +8,10 @@ from esfast._core import noise_version as NOISE_VERSION
 from esfast.anchor import Anchor
 from esfast.errors import ConfigError, DataError, EsfastError, ParameterError, StateError
 from esfast.evolution import EvolutionStrategy, StepReport
+from esfast.journal import read_journal
 from esfast.members import Member, generation_seed, member_seed, noise
 from esfast.parameters import ParameterTable, Segment
+from esfast.replay import keep_journal
 from esfast.strategy import AnchoredDecay, Strategy, StrategyConfig
 from esfast.weights import MemoryUse, UpdateReport, Weights
 
@@ -35,6 +37,8 @@ __all__ = [
     "UpdateReport",
     "Weights",
     "generation_seed",
+    "keep_journal",
     "member_seed",
     "noise",
+    "read_journal",
 ]
