@@ -105,7 +105,8 @@ def _files_of(path: Path) -> list[Path]:
 class Anchor:
     """Where decay pulls to. Make one with `in_memory` or `from_safetensors`.
 
-    resident_bytes: memory that it holds besides the page cache; device: where that lies.
+    resident_bytes: memory that it holds besides the page cache; device: where that lies; pinned:
+    whether CUDA devices can read it where it is.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Anchor:
     ) -> None:
         self._layout = table.layout
         self.device = device or torch.device("cpu")
+        self.pinned = False
         self._stored = stored  # one a segment of the table
         self._owners = owners
         self.resident_bytes = resident_bytes
@@ -130,6 +132,20 @@ class Anchor:
         ]
         stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
         return cls(table, stored, list(copies), table.nbytes, table.device)
+
+    @classmethod
+    def in_pinned_memory(cls, table: ParameterTable) -> Anchor:
+        """A copy in host memory for a table on a CUDA device, whose updates with decay read it over
+        the bus: no device memory, at the bus's speed. Not yet run on a GPU."""
+        copies = []
+        for segment in table.segments:
+            source = segment.tensor.detach()
+            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            copies.append(copy.copy_(source))
+        stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
+        anchor = cls(table, stored, list(copies), table.nbytes)
+        anchor.pinned = True
+        return anchor
 
     @classmethod
     def from_safetensors(cls, path: str | Path, table: ParameterTable) -> Anchor:
@@ -163,6 +179,11 @@ class Anchor:
             raise ParameterError(
                 f"the anchor was made for another table ({len(self._layout)} segments; this one "
                 f"has {len(table.segments)}, or their names, shapes or starts differ); make the "
+                "anchor from this table."
+            )
+        if self.device.type == "cuda" and self.device != table.device:
+            raise ParameterError(
+                f"the anchor lies on {self.device} and the table on {table.device}; make the "
                 "anchor from this table."
             )
         for row, piece in zip(rows, table.pieces, strict=True):

@@ -10,6 +10,7 @@ member is taken back, the lists grow, and it is applied again. Not yet run on a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,19 @@ class DeviceRecords:
         return sum(tensor.nbytes for tensor in self.buffers)
 
 
+@dataclass(frozen=True)
+class UpdateCall:
+    """An update's members as the kernels take them, and the device memory of one update."""
+
+    population: Any
+    workspace: torch.Tensor
+    count: torch.Tensor
+
+    def saturated(self) -> int:
+        """How many weights saturated; waits for the device."""
+        return int(self.count.item())
+
+
 class DeviceTable:
     """Perturb, restore, update and checksum on one CUDA device; `threads` is ignored everywhere.
 
@@ -99,7 +113,8 @@ class DeviceTable:
             self._spans.data_ptr(), self._count, self.tiles, self._index, self._stream()
         )
 
-    def _capturing(self) -> bool:
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     # ---- shadow memory
@@ -129,7 +144,7 @@ class DeviceTable:
         """In place, with lists of what rounding loses. Waits for the device: do they fit?"""
         if records.active:
             raise StateError("the weights are perturbed already")
-        if self._capturing():
+        if self.capturing():
             raise StateError(
                 "lean memory looks at its lists' size after each member, which a CUDA graph's "
                 'capture does not allow; make the weights with memory="shadow".'
@@ -225,21 +240,28 @@ class DeviceTable:
         threads: int,
     ) -> int:
         """One pass; returns how many weights saturated, or -1 inside a graph's capture."""
+        call = self.prepare_update(noise, members, coefficients)
+        self.launch_update(call, decay, strength, stochastic, rounding_seed)
+        return -1 if self.capturing() else call.saturated()
+
+    def prepare_update(
+        self, noise: int, members: Sequence[_core.MemberSpec], coefficients: Sequence[float]
+    ) -> UpdateCall:
+        """The population's terms, and device memory for them."""
         population = self._kernels.Population(noise, list(members), list(coefficients))
         words = -(-population.bytes // 4)
         workspace = torch.empty(words, dtype=torch.int32, device=self.device)
-        saturated = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._kernels.update(
-            self._place(workspace, saturated),
-            population,
-            decay,
-            strength,
-            stochastic,
-            rounding_seed,
-            workspace.data_ptr(),
-            saturated.data_ptr(),
-        )
-        return -1 if self._capturing() else int(saturated.item())
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return UpdateCall(population, workspace, count)
+
+    def launch_update(
+        self, call: UpdateCall, decay: int, strength: float, stochastic: bool, rounding_seed: int
+    ) -> None:
+        """Queues the update of this table; several tables may share a call."""
+        place = self._place(call.workspace, call.count)
+        pointers = (call.workspace.data_ptr(), call.count.data_ptr())
+        rule = (decay, strength, stochastic, rounding_seed)
+        self._kernels.update(place, call.population, *rule, *pointers)
 
     def checksum(self, threads: int) -> int:
         """Sum of the elements' hashes modulo 2^64; waits for the device."""

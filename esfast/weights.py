@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from esfast.anchor import Anchor
+from esfast.anchor_stream import AnchorStream, streamed
 from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, ParameterError, StateError
 from esfast.members import Member
@@ -90,11 +91,13 @@ class Weights:
         self._records = make_records(table.device)
         self._perturbed = False
         self._bases: list[torch.Tensor] = []
+        self._streamed: AnchorStream | None = None
         rows = table.rows()
         if memory != "lean":
             self._make_bases(rows)
         if anchor is not None:
             anchor.fill(rows, table)
+            self._streamed = streamed(anchor, rows, table.device)
         self._core = make_table(rows, table.device)
         if self._bases:
             self._core.capture(self.threads)
@@ -181,7 +184,8 @@ class Weights:
             )
         self.table.check_in_place()
         self.restore()
-        saturated = self._core.update(
+        core = self._streamed if number and self._streamed is not None else self._core
+        saturated = core.update(
             members[0].noise_number if members else 0,
             [member.spec for member in members],
             values.tolist(),
@@ -299,4 +303,5 @@ class Weights:
         """What is held now: lean's records keep their memory between members."""
         extra = self._records.bytes() + sum(base.nbytes for base in self._bases)
         anchor = 0 if self.anchor is None else self.anchor.resident_bytes
+        anchor += 0 if self._streamed is None else self._streamed.bytes
         return MemoryUse(self.table.nbytes, extra, anchor)

@@ -19,10 +19,10 @@ import test_sharding
 import test_update
 import test_weights
 import torch
-from cases import DTYPES, assert_bits, made, member, plain_bits, tensor_of
+from cases import DTYPES, TORCH, assert_bits, made, member, plain_bits, population, tensor_of
 from cuda_emulator import built
 
-from esfast import ParameterTable, Weights, _core, device_table, weights
+from esfast import Anchor, ParameterTable, Weights, _core, anchor_stream, device_table, weights
 from esfast.parameters import Segment
 
 
@@ -209,3 +209,45 @@ def test_a_table_of_nothing(emulated: None) -> None:
     w.perturb(member("gaussian"), 0.1)
     w.restore()
     assert w.checksum() == "0" * 16 and w.expected_bytes(0.1) == 0
+
+
+# ---- anchors in host memory, streamed ----------------------------------------------------------
+
+
+def anchored_rows(segments: list[Segment]) -> np.ndarray:
+    table = ParameterTable(segments)
+    rows = table.rows()
+    anchor = Anchor.in_memory(table)
+    anchor.fill(rows, table)
+    KEPT.append(anchor)
+    return rows
+
+
+KEPT: list[Anchor] = []
+STREAMED: dict[str, Callable[[torch.dtype], list[Segment]]] = {
+    "plain": lambda d: [Segment("w", (5003,), torch.linspace(-1, 1, 5003).to(d))],
+    "sharded": lambda d: [Segment("w", (90, 60), torch.randn(60, 25).to(d), (11, 30))],
+    "strided": lambda d: [Segment("w", (60, 40), torch.randn(120, 80).to(d)[::2, 1::2])],
+    "many": lambda d: [Segment(f"w{n}", (n,), torch.randn(n).to(d)) for n in range(0, 900, 13)],
+    "wide rows": lambda d: [Segment("w", (4, 9000), torch.randn(4, 3000).to(d), (0, 1))],
+}
+
+
+@pytest.mark.parametrize("chunk", [64, 4096, 1 << 20])
+@pytest.mark.parametrize("layout", STREAMED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_streamed_anchors(emulated: None, dtype: str, layout: str, chunk: int) -> None:
+    """Windows of any size cover every element once: the bits of the update in one piece."""
+    torch.manual_seed(1)
+    segments = STREAMED[layout](TORCH[dtype])
+    other = [Segment(s.name, s.shape, s.tensor.clone(), s.start) for s in segments]
+    one = device_table.DeviceTable(anchored_rows(segments), torch.device("cpu"))
+    cut = anchor_stream.AnchorStream(anchored_rows(other), torch.device("cpu"), chunk)
+    members = [m.spec for m in population("gaussian", 3)]
+    for seed in (1, 2):
+        for core in (one, cut):
+            core.update(0, members, [0.01, -0.02, 0.03], 2, 0.7, True, seed, 1)
+    for a, b in zip(segments, other, strict=True):
+        assert_bits(b.tensor, a.tensor, a.name)
+    if chunk == 4096 and layout == "plain":
+        assert len(anchor_stream.windows_of(anchored_rows(segments), chunk)) > 2

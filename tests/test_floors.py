@@ -21,7 +21,7 @@ FLOORS = {
     "errors": 1, "members": 1, "shaping": 1, "strategy": 1, "journal": 1,
     "journal_format": 1, "whole_file": 1,
     "parameters": 2, "weights": 2, "anchor": 2, "checkpoint": 2, "resources": 2,
-    "snapshots": 2,
+    "snapshots": 2, "device_table": 2, "device_shaping": 2, "anchor_stream": 2,
     "evolution": 3, "replay": 3, "engines": 3, "tasks": 3, "launch": 3, "forgetting": 3,
     "held_out": 3, "measure": 3, "provenance": 3,
     "models": 3, "model_cache": 3, "conversion": 3,
@@ -106,6 +106,6 @@ def test_the_core_brings_no_torch() -> None:
         text = path.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if line.lstrip().startswith("#include")]
         bad = [line for line in lines if "torch" in line or "ATen" in line or "c10" in line]
-        if path.name != "module.cpp":
+        if path.name not in ("module.cpp", "bind.cpp", "bind.hpp"):
             bad += [line for line in lines if "pybind11" in line or "Python.h" in line]
         assert not bad, (path.name, bad)

@@ -7,6 +7,7 @@ it does is pinned by the rest of the suite.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,15 @@ from cases import (
     tensors,
 )
 
-from esfast import Anchor, AnchoredDecay, ParameterTable, Weights, _core, shaping
+from esfast import (
+    Anchor,
+    AnchoredDecay,
+    ParameterTable,
+    Weights,
+    _core,
+    anchor_stream,
+    shaping,
+)
 from esfast.members import Member
 from esfast.parameters import Segment
 
@@ -339,3 +348,31 @@ def test_the_loop() -> None:
             es.step(rewards)
         results.append(es.weights.checksum())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_anchors_in_files_and_in_pinned_memory(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed in many small windows, and read over the bus: the bits of an anchor in memory."""
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(anchor_stream, "CHUNK", 1 << 20)
+    monkeypatch.setattr(anchor_stream.AnchorStream.__init__, "__defaults__", (1 << 20,))
+    model = {"w": tensor_of(plain_bits(dtype, 3_000_001), dtype), **tensors(dtype, plain_bits)}
+    save_file(model, tmp_path / "model.safetensors")
+    decay, found = AnchoredDecay("l2", 2.0), []
+    for place in ("memory", "pinned", "file"):
+        held = {name: t.clone().cuda() for name, t in model.items()}
+        table = ParameterTable.from_tensors(held)
+        anchor = {
+            "memory": lambda table=table: Anchor.in_memory(table),
+            "pinned": lambda table=table: Anchor.in_pinned_memory(table),
+            "file": lambda table=table: Anchor.from_safetensors(tmp_path, table),
+        }[place]()
+        weights = Weights(table, anchor=anchor)
+        for seed in (1, 2, 3):
+            members, values = population("gaussian", 4), coefficients(4, 0.02)
+            weights.update(members, values, decay=decay, alpha=0.1, seed=seed)
+        found.append((weights.checksum(), weights.anchor_checksum()))
+    assert found[0] == found[1] == found[2]
