@@ -80,12 +80,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   update_all<Noise::hadamard, kThreads>(table, step, Tables{tables, 0, 0}, saturated);
 }
 
-// What the device lends a block, or 0.
+// What the device lends a block beside the warps' spans, or 0.
 size_t shared_limit(int device) {
+  constexpr size_t spans = kHadamardThreads / kWarp * sizeof(Span);
   int most = 0;
   if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
     return 0;
-  return static_cast<size_t>(most);
+  return static_cast<size_t>(most) < spans ? 0 : static_cast<size_t>(most) - spans;
 }
 
 // As many copies as fit, or -1.
