@@ -16,6 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,22 @@ def _damaged(name: str, what: str) -> DataError:
     )
 
 
+@dataclass(frozen=True)
+class _Tip:
+    """Where a journal ends: one object, so that an interrupt finds the old end or the new one."""
+
+    chain: bytes
+    end: int  # bytes
+    generation: int
+    generation_chain: str
+
+    def after(self, record: Record, data: bytes, chain: bytes) -> _Tip:
+        grown = _Tip(chain, self.end + len(data), self.generation, self.generation_chain)
+        if not isinstance(record, GenerationRecord):
+            return grown
+        return replace(grown, generation=self.generation + 1, generation_chain=chain.hex())
+
+
 class JournalWriter:
     """Appends records; the only one who may. Make one with `create` or `resume`.
 
@@ -171,10 +188,8 @@ class JournalWriter:
         self.journal = journal
         self.header = journal.header
         self._descriptor: int | None = descriptor
-        self._chain = journal.chains[-1]
-        self._end = journal.whole_bytes
-        self._generation = len(journal.generations)
-        self._generation_chain = journal.chain_at(self._generation)
+        done = len(journal.generations)
+        self._tip = _Tip(journal.chains[-1], journal.whole_bytes, done, journal.chain_at(done))
 
     @classmethod
     def create(cls, path: str | Path, header: JournalHeader) -> JournalWriter:
@@ -217,7 +232,6 @@ class JournalWriter:
             journal = parse(path.read_bytes(), str(path))
             os.ftruncate(descriptor, journal.whole_bytes)
             os.fsync(descriptor)  # a killed writer may have left its last record unsynced
-            os.lseek(descriptor, journal.whole_bytes, os.SEEK_SET)
         except OSError as error:
             os.close(descriptor)
             raise _unwritable(path, error) from None
@@ -229,7 +243,7 @@ class JournalWriter:
     @property
     def generation(self) -> int:
         """How many generations are recorded."""
-        return self._generation
+        return self._tip.generation
 
     def append(self, record: Record) -> None:
         """On disk when this returns; raises EsfastError with the journal as it was before.
@@ -238,10 +252,12 @@ class JournalWriter:
         """
         if self._descriptor is None:
             raise StateError(f"the journal '{self.path}' is closed; continue it to append to it.")
-        if record.generation != self._generation:
+        if record.generation != self._tip.generation:
             raise StateError(
-                f"the journal '{self.path}' is at generation {self._generation}, and a record of "
-                f"{record.generation} was to be appended; the run and its journal are apart."
+                f"the journal '{self.path}' is at generation {self._tip.generation}, and a record "
+                f"of {record.generation} was to be appended: the run and its journal are apart (an "
+                "interrupt may have come between the two). Make the run anew from its base and let "
+                "it go on from the journal."
             )
         kind, payload = encode(record)
         try:
@@ -250,32 +266,28 @@ class JournalWriter:
             raise StateError(
                 f"generation {record.generation} cannot be recorded, and was not: {error}."
             ) from None
-        data, chain = seal(self._chain, kind, payload)
+        data, chain = seal(self._tip.chain, kind, payload)
         try:
+            self._cut()  # what an interrupt left behind a record that was never told to be written
             _write(self._descriptor, data)
             os.fsync(self._descriptor)
         except BaseException as error:
-            self._take_back()
+            with suppress(OSError):  # else a torn end, which the next append or `resume` cuts off
+                self._cut()
             if isinstance(error, OSError):
                 raise _unwritable(self.path, error) from None
             raise
-        self._chain, self._end = chain, self._end + len(data)
-        if isinstance(record, GenerationRecord):
-            self._generation += 1
-            self._generation_chain = chain.hex()
+        self._tip = self._tip.after(record, data, chain)
 
-    def _take_back(self) -> None:
+    def _cut(self) -> None:
         assert self._descriptor is not None
-        try:
-            os.ftruncate(self._descriptor, self._end)
-            os.lseek(self._descriptor, self._end, os.SEEK_SET)
-        except OSError:
-            self.close()  # a torn end: the next `resume` cuts it off
+        os.ftruncate(self._descriptor, self._tip.end)
+        os.lseek(self._descriptor, self._tip.end, os.SEEK_SET)
 
     @property
     def chain(self) -> str:
         """The check value, in hex, after the last generation's record: `Journal.chain_at` there."""
-        return self._generation_chain
+        return self._tip.generation_chain
 
     def close(self) -> None:
         """Gives the lock up; twice does no harm."""

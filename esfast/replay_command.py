@@ -27,6 +27,7 @@ from esfast.journal_format import JournalHeader
 from esfast.models import load_model
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of
+from esfast.run_folder import require_free
 from esfast.weights import MEMORIES
 
 
@@ -66,6 +67,7 @@ def run_replay(args: argparse.Namespace) -> int:
     until = done if args.until is None else args.until
     if not 0 <= until <= done:
         raise ConfigError(f"--until is {until}, and the journal holds generations 0 to {done}.")
+    require_free(Path(args.output))  # replacing a model could replace the base itself
     if journal.torn is not None:
         _say(console, journal.torn)
     loaded = load_model(args.base, dtype=_dtype(journal.header))

@@ -49,6 +49,7 @@ def save_snapshot(folder: Path, weights: Weights, generation: int, chain: str) -
     try:
         folder.mkdir(exist_ok=True)
         save_file(tensors, temporary, told)
+        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it the owner's alone
         sync(temporary)
         temporary.replace(path)
         sync(folder)

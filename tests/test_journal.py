@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import struct
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -480,6 +481,44 @@ def test_a_sync_that_fails_takes_the_record_back(tmp_path, monkeypatch):
                 writer.append(generation(0))
         assert path.read_bytes() == before
         writer.append(generation(0))
+
+
+def interrupting(number):
+    """A profile function that raises KeyboardInterrupt at the n-th call or return inside esfast."""
+    seen = 0
+
+    def profile(frame, event, argument):
+        nonlocal seen
+        if "esfast" in Path(frame.f_code.co_filename).parts and event != "c_call":
+            seen += 1
+            if seen == number:
+                raise KeyboardInterrupt
+
+    return profile
+
+
+def test_an_interrupt_anywhere_leaves_a_whole_journal(tmp_path):
+    """Ctrl-C at any call of append: the record is there or it is not, and the next one fits."""
+    number, interrupted = 0, True
+    while interrupted:
+        number += 1
+        path = tmp_path / str(number)
+        with JournalWriter.create(path, HEADER) as writer:
+            writer.append(generation(0))
+            interrupted = False
+            sys.setprofile(interrupting(number))
+            try:
+                writer.append(generation(1))
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.setprofile(None)
+            done = writer.generation
+            writer.append(MarkRecord(done, "1" * 16))
+        journal = read_journal(path)
+        assert journal.torn is None and len(journal.generations) == done
+        assert done in (1, 2) and isinstance(journal.records[-1], MarkRecord), number
+    assert number > 15 and done == 2
 
 
 def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):

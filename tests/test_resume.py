@@ -261,6 +261,7 @@ def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd, tmp_path):
         (["replay", "run", "--base", "other", "--output", "out"], "another model"),
         (["replay", "run", "--base", "nowhere/at all", "--output", "out"], "no model folder"),
         (["apply", "text", *base], "is no journal"),
+        (["replay", "run", "--base", str(tiny_model), "--output", "other"], "is there already"),
         (["export-adapter", "text", "-o", "out"], "is no journal"),
         (["export-adapter", "run", "-o", "no/folder/x"], "cannot write"),
     ]
