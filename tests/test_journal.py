@@ -297,6 +297,16 @@ def test_a_cut_anywhere_loses_one_record_at_most():
             parse(data[:at], "j")
 
 
+def test_zeros_that_a_file_system_left_are_a_torn_end(whole):
+    """A file that grew before its content came, as after a loss of power."""
+    for tail in (bytes(190), bytes(5000), bytes(3)):
+        journal = parse(whole + tail, "j")
+        assert journal.torn is not None and len(journal.records) == len(sample_records())
+    first, parts = sealed(sample_records())
+    last = parts[-1][:15] + bytes(len(parts[-1]) - 15)
+    assert parse(b"".join([first, *parts[:-1], last]), "j").torn is not None
+
+
 def refused_in(records: list[Record], header: JournalHeader, match: str) -> None:
     first, parts = sealed(records, header)
     with pytest.raises(DataError, match=match):
@@ -531,6 +541,9 @@ def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):
         events.clear()
         writer.append(generation(0))
     assert events == ["write", "sync"]
+    events.clear()
+    JournalWriter.resume(tmp_path / "j").close()
+    assert events == ["sync"]  # its last record may never have been
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):

@@ -142,6 +142,20 @@ def test_explicit_members_replay(tmp_path):
     assert_tensors(third, model)
 
 
+def test_the_records_own_alpha_and_decay_count(tmp_path):
+    """As of the record, not of the configuration."""
+    base = tensors("bfloat16", plain_bits)
+    model, plain = clones(base), clones(base)
+    es = strategy(model, decay=DECAYS[2])
+    record = replace(es.decide(np.arange(6.0)), alpha=0.11, decay=AnchoredDecay("l1", 0.7))
+    es.apply(record)
+    table = ParameterTable.from_tensors(plain)
+    alone = Weights(table, anchor=Anchor.in_memory(table))
+    alone.update(record.terms(es.config), record.coefficients, decay=AnchoredDecay("l1", 0.7),
+                 alpha=0.11, seed=es.strategy.generation_seed(0))  # fmt: skip
+    assert_tensors(model, plain)
+
+
 def test_every_generation_can_be_had(tmp_path):
     base = tensors("bfloat16")
     model = clones(base)

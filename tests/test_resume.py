@@ -29,7 +29,7 @@ SMALLER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
 MADE = {"made": {"esfast": "0"}, "model": "numbers", "task": {"name": "targets"}}
 
 
-def trainer(path, generations=6, engine=None, goes_on=False, **settings) -> Trainer:
+def trainer(path, generations=6, engine=None, goes_on=False, task=None, **settings) -> Trainer:
     strategy = {"sigma": 0.05, "alpha": 0.1, "population_size": 16, "antithetic": True, "seed": 5}
     strategy |= settings.pop("strategy", {})
     config = TrainConfig(
@@ -37,7 +37,9 @@ def trainer(path, generations=6, engine=None, goes_on=False, **settings) -> Trai
         **settings,
     )  # fmt: skip
     folder = RunFolder(path, MADE, {} if goes_on else None)
-    made = Trainer(engine or NumberEngine(), Targets(), config, folder, save_model=lambda p: None)
+    made = Trainer(
+        engine or NumberEngine(), task or Targets(), config, folder, save_model=lambda p: None
+    )
     made.progress.console = Console(file=io.StringIO(), width=200)
     return made
 
@@ -127,6 +129,13 @@ def test_an_update_that_was_only_written_is_done(tmp_path, monkeypatch):
     assert torch.equal(again.engine.weights, whole.engine.weights)
     assert again.engine.calls == 2 + 16 + 1  # held-out and warm-up, one generation, held-out
     assert [row["generation"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 3]
+
+
+def test_failed_rewards_are_counted_over_all_of_the_run(tmp_path):
+    whole = trainer(tmp_path / "whole", 4, task=Targets(fail_on=("3",))).run()
+    trainer(tmp_path / "run", 2, task=Targets(fail_on=("3",))).run()
+    result = trainer(tmp_path / "run", 4, goes_on=True, task=Targets(fail_on=("3",))).run()
+    assert result.failed_rewards == whole.failed_rewards == 4 * 16
 
 
 def test_snapshots_shorten_the_way(tmp_path):
