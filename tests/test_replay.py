@@ -147,11 +147,11 @@ def test_the_records_own_alpha_and_decay_count(tmp_path):
     base = tensors("bfloat16", plain_bits)
     model, plain = clones(base), clones(base)
     es = strategy(model, decay=DECAYS[2])
-    record = replace(es.decide(np.arange(6.0)), alpha=0.11, decay=AnchoredDecay("l1", 0.7))
+    record = replace(es.decide(np.arange(6.0)), alpha=0.11, decay=AnchoredDecay("l1", 0.01))
     es.apply(record)
     table = ParameterTable.from_tensors(plain)
     alone = Weights(table, anchor=Anchor.in_memory(table))
-    alone.update(record.terms(es.config), record.coefficients, decay=AnchoredDecay("l1", 0.7),
+    alone.update(record.terms(es.config), record.coefficients, decay=AnchoredDecay("l1", 0.01),
                  alpha=0.11, seed=es.strategy.generation_seed(0))  # fmt: skip
     assert_tensors(model, plain)
 
