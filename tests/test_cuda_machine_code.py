@@ -1,4 +1,4 @@
-"""What nvcc made of the kernels: no spills, no stack frames, and no multiply-add beyond the bodies'.
+"""What nvcc made of the kernels: no spills, no stack frames, no multiply-add beyond the bodies'.
 
 Read from the built module by cuobjdump (of the CUDA toolkit, or the one inside triton's wheel).
 A multiply-add that was not written is another rounding: it would change bits.

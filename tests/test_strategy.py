@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from esfast.shaping import shape
-from esfast.strategy import Strategy, StrategyConfig
 
 import esfast
 from esfast import AnchoredDecay, EsfastError, EvolutionStrategy
+from esfast.shaping import shape
+from esfast.strategy import Strategy, StrategyConfig
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
