@@ -1,5 +1,6 @@
 // The binding: pointers, sizes and scalars in; numbers or an exception out. With
-// cuda/bind.cpp the only file that knows Python. Every call on weights releases the interpreter's lock.
+// cuda/bind.cpp the only file that knows Python. Every call on weights releases the interpreter's
+// lock.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

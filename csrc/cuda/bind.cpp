@@ -1,6 +1,6 @@
-// The binding of cuda.hpp: addresses, sizes and a stream in; nothing or an exception out. A failed call
-// raises esfast.errors.EsfastError with CUDA's own words. Compiled by the host's compiler alone; the
-// tests compile it a second time over an emulation of cuda.hpp that runs on the CPU.
+// The binding of cuda.hpp: addresses, sizes and a stream in; nothing or an exception out. A failed
+// call raises esfast.errors.EsfastError with CUDA's own words. Compiled by the host's compiler
+// alone; the tests compile it a second time over an emulation of cuda.hpp that runs on the CPU.
 #include "bind.hpp"
 
 #include <pybind11/numpy.h>
@@ -67,9 +67,9 @@ void bind_calls(py::module_& m) {
       .def(py::init<uint64_t, uint32_t, uint32_t, int, uint64_t>(), py::arg("spans"),
            py::arg("count"), py::arg("tiles"), py::arg("device"), py::arg("stream"));
   py::class_<Buffers>(m, "Buffers", py::module_local())
-      .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint32_t>(),
-           py::arg("marks"), py::arg("offsets"), py::arg("values"), py::arg("demand"),
-           py::arg("capacity"), py::arg("slab"));
+      .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint32_t>(), py::arg("marks"),
+           py::arg("offsets"), py::arg("values"), py::arg("demand"), py::arg("capacity"),
+           py::arg("slab"));
   py::class_<Population>(m, "Population", py::module_local())
       .def(py::init<int, const std::vector<MemberSpec>&, const std::vector<double>&>(),
            py::arg("noise"), py::arg("members"), py::arg("coefficients"))
@@ -88,16 +88,16 @@ void bind_calls(py::module_& m) {
   m.def("capture", [](const Place& place) { check(capture(place)); });
   m.def("refresh", [](const Place& place) { check(refresh(place)); });
   m.def("checksum", [](const Place& place, uint64_t sum) { check(checksum(place, sum)); });
-  m.def("update", [](const Place& place, const Population& population, int decay, double strength,
-                     bool stochastic, uint64_t rounding_seed, uint64_t workspace,
-                     uint64_t saturated) {
-    UpdateCall call = population.call;
-    call.decay = static_cast<Decay>(decay);
-    call.strength = static_cast<float>(strength);
-    call.stochastic = stochastic;
-    call.rounding_seed = rounding_seed;
-    check(update(place, call, workspace, saturated));
-  });
+  m.def("update",
+        [](const Place& place, const Population& population, int decay, double strength,
+           bool stochastic, uint64_t rounding_seed, uint64_t workspace, uint64_t saturated) {
+          UpdateCall call = population.call;
+          call.decay = static_cast<Decay>(decay);
+          call.strength = static_cast<float>(strength);
+          call.stochastic = stochastic;
+          call.rounding_seed = rounding_seed;
+          check(update(place, call, workspace, saturated));
+        });
 }
 
 }  // namespace

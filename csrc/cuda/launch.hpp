@@ -53,8 +53,8 @@ int resident_blocks(int device, Shape shape) {
   int processors = 0, blocks = 0;
   const bool good =
       cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads,
-                                                    shape.shared) == cudaSuccess;
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, shape.shared) ==
+          cudaSuccess;
   const int resident = good ? processors * blocks : 0;
   if (keep) known[static_cast<size_t>(device)] = resident;
   return resident;
@@ -74,8 +74,8 @@ Status launch(const Place& place, uint32_t tiles, Shape shape, const char* what,
   }
   const uint32_t warps = static_cast<uint32_t>(shape.threads) / kWarp;
   const uint32_t useful = (tiles + warps - 1) / warps;
-  const uint32_t blocks = useful < static_cast<uint32_t>(resident) ? useful
-                                                                   : static_cast<uint32_t>(resident);
+  const uint32_t blocks =
+      useful < static_cast<uint32_t>(resident) ? useful : static_cast<uint32_t>(resident);
   kernel<<<blocks, static_cast<uint32_t>(shape.threads), shape.shared,
            reinterpret_cast<cudaStream_t>(place.stream)>>>(arguments...);
   return status_of(cudaGetLastError(), what);

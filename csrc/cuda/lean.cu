@@ -124,10 +124,9 @@ Status record(const Place& place, const PerturbCall& call, const Buffers& buffer
   {
     const DeviceGuard guard(place.device);
     if (guard.error() != cudaSuccess) return status_of(guard.error(), "choosing the device");
-    const Status zeroed =
-        status_of(cudaMemsetAsync(reinterpret_cast<void*>(buffers.demand), 0, 8,
-                                  reinterpret_cast<cudaStream_t>(place.stream)),
-                  "perturb (lean)");
+    const Status zeroed = status_of(cudaMemsetAsync(reinterpret_cast<void*>(buffers.demand), 0, 8,
+                                                    reinterpret_cast<cudaStream_t>(place.stream)),
+                                    "perturb (lean)");
     if (!zeroed.ok()) return zeroed;
   }
   const Perturbation p = perturbation_of(call);

@@ -1,12 +1,13 @@
 // Which thread handles which element: pure arithmetic, the same on the host, where it is tested.
 //
 // A unit is 8 elements with consecutive logical indices that start at a multiple of 8: two counters
-// of Gaussian or Hadamard noise, one counter of rounding bits, one 16-byte access of a 16-bit dtype.
-// The first and the last unit of a row may be partly outside it. A span is a segment (or a part of
-// one, so that no 32-bit counter carries inside it) whose units are numbered row by row; a tile is 64
-// neighbouring units of one span, and one warp takes a tile at a time: lane l its units l and 32 + l.
-// Warp w of W takes tiles w, w + W, ...: even work whatever the tensor sizes, and all warps read near
-// each other, which spares the address translation. A tensor of one element costs one tile.
+// of Gaussian or Hadamard noise, one counter of rounding bits, one 16-byte access of a 16-bit
+// dtype. The first and the last unit of a row may be partly outside it. A span is a segment (or a
+// part of one, so that no 32-bit counter carries inside it) whose units are numbered row by row; a
+// tile is 64 neighbouring units of one span, and one warp takes a tile at a time: lane l its units
+// l and 32 + l. Warp w of W takes tiles w, w + W, ...: even work whatever the tensor sizes, and all
+// warps read near each other, which spares the address translation. A tensor of one element costs
+// one tile.
 #pragma once
 
 #include <vector>
@@ -36,8 +37,8 @@ struct Span {
 };
 static_assert(sizeof(Span) == 112, "copied to the device as bytes");
 
-// Slot e, for first <= e < end, is the element of logical index 8 * block + e, in column `column + e`
-// of row `row`; the other slots lie outside the row.
+// Slot e, for first <= e < end, is the element of logical index 8 * block + e, in column `column +
+// e` of row `row`; the other slots lie outside the row.
 struct Unit {
   uint64_t block;
   int64_t column;
@@ -51,7 +52,8 @@ ESFAST_FN Unit unit_of(const Span& s, uint32_t number) {
   const uint32_t k = number - u.row * s.units_per_row;
   const uint64_t start = s.origin + u.row * s.canonical_row_stride;
   const uint32_t lead = static_cast<uint32_t>(start) % kUnit;
-  const uint64_t past = lead + s.cols - 1;  // from slot 0 of the row's first unit to its last element
+  const uint64_t past =
+      lead + s.cols - 1;  // from slot 0 of the row's first unit to its last element
   const uint64_t last = past / kUnit;
   u.block = start / kUnit + k;
   u.column = static_cast<int64_t>(k) * kUnit - lead;

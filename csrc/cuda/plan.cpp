@@ -1,4 +1,5 @@
-// Segments to spans: pieces inside which counters do not carry, and the tiles that number their work.
+// Segments to spans: pieces inside which counters do not carry, and the tiles that number their
+// work.
 #include <limits>
 #include <stdexcept>
 
@@ -37,8 +38,8 @@ Span make_span(const Segment& s, const Part& p) {
   const int64_t row = static_cast<int64_t>(p.row), column = static_cast<int64_t>(p.column);
   Span out{};
   out.live = moved(s.live, row * s.live_row_stride + column * s.live_column_stride, s.live_dtype);
-  out.base = s.base == s.live ? out.live
-                              : moved(s.base, row * s.base_row_stride + column, s.base_dtype);
+  out.base =
+      s.base == s.live ? out.live : moved(s.base, row * s.base_row_stride + column, s.base_dtype);
   out.anchor = moved(s.anchor, row * s.anchor_row_stride + column, s.anchor_dtype);
   out.live_row_stride = s.live_row_stride;
   out.live_column_stride = s.live_column_stride;

@@ -1,6 +1,6 @@
-// Rewards to fitness on the device. Sums run in index order, in double, one thread a sum, so that the
-// bits are the CPU's (shaping.cpp has the same formulas, line by line). A population is thousands of
-// numbers: what counts here is that they need not leave the device.
+// Rewards to fitness on the device. Sums run in index order, in double, one thread a sum, so that
+// the bits are the CPU's (shaping.cpp has the same formulas, line by line). A population is
+// thousands of numbers: what counts here is that they need not leave the device.
 #include "launch.hpp"
 
 namespace esfast::cuda {
@@ -108,7 +108,9 @@ cudaError_t load_shaping() {
   return cudaSuccess;
 }
 
-uint64_t shape_doubles(uint64_t population, uint64_t prompts) { return population + 3 * prompts; }
+uint64_t shape_doubles(uint64_t population, uint64_t prompts) {
+  return population + 3 * prompts;
+}
 
 Status shape(Shaping shaping, int device, uint64_t stream, uint64_t rewards, uint64_t population,
              uint64_t prompts, uint64_t workspace, uint64_t fitness) {

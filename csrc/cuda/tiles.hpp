@@ -1,13 +1,14 @@
-// What one lane does with its units of a tile, for every kernel. Host-and-device: a kernel is a loop
-// over tiles around one of these, and the tests run the same functions lane by lane.
+// What one lane does with its units of a tile, for every kernel. Host-and-device: a kernel is a
+// loop over tiles around one of these, and the tests run the same functions lane by lane.
 //
-// Lean memory. Perturb leaves, in memory that the caller gives: a byte of marks a unit (which of its 8
-// weights subtraction does not find back), and those weights themselves, tile by tile, packed in the
-// order of (lane, step, slot) from a word of `values` that `offsets` names. A warp reserves room in
-// slabs by one atomic addition, so that a tile costs no traffic of its own (8 million same-address
-// atomics would take as long as the perturbation of 8 billion weights). A tile whose room is not there
-// is left unperturbed and says so in `offsets`; the counter goes on counting, so that one look at it
-// tells how much is needed, and the caller restores, grows and perturbs again. Nothing is ever dropped.
+// Lean memory. Perturb leaves, in memory that the caller gives: a byte of marks a unit (which of
+// its 8 weights subtraction does not find back), and those weights themselves, tile by tile, packed
+// in the order of (lane, step, slot) from a word of `values` that `offsets` names. A warp reserves
+// room in slabs by one atomic addition, so that a tile costs no traffic of its own (8 million
+// same-address atomics would take as long as the perturbation of 8 billion weights). A tile whose
+// room is not there is left unperturbed and says so in `offsets`; the counter goes on counting, so
+// that one look at it tells how much is needed, and the caller restores, grows and perturbs again.
+// Nothing is ever dropped.
 #pragma once
 
 #include "../cpu/target.hpp"
@@ -83,9 +84,13 @@ struct Recorded {
   int count;
 };
 
-ESFAST_FN int count_bits(uint32_t bits) { return static_cast<int>(Scalar::popcount(bits)); }
+ESFAST_FN int count_bits(uint32_t bits) {
+  return static_cast<int>(Scalar::popcount(bits));
+}
 
-ESFAST_FN uint32_t inside(const Unit& u) { return (1u << u.end) - (1u << u.first); }
+ESFAST_FN uint32_t inside(const Unit& u) {
+  return (1u << u.end) - (1u << u.first);
+}
 
 template <Noise noise>
 ESFAST_FN Recorded record_tile(const Span& s, const Lane& lane, const Perturbation& p) {
@@ -208,9 +213,8 @@ ESFAST_FN void capture_tile(const Span& s, const Lane& lane) {
   for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
-    with_dtypes(s, [&](auto live, auto base) {
-      raw[j] = widened<decltype(live), decltype(base)>(raw[j]);
-    });
+    with_dtypes(
+        s, [&](auto live, auto base) { raw[j] = widened<decltype(live), decltype(base)>(raw[j]); });
     store_raw(base_of(s, lane.unit[j]), s.base_dtype, raw[j]);
   }
 }
@@ -283,16 +287,15 @@ ESFAST_FN void add_noise(const Span& s, const Lane& lane, const Step& step, cons
         const uint32_t signs = signs_of(stream, block);
         ESFAST_UNROLL
         for (int e = 0; e < 8; ++e)
-          acc[j][e / 4][e % 4] = add_signed<Thread>(acc[j][e / 4][e % 4], draw.coefficient,
-                                                    Scalar::signs(signs >> e));
+          acc[j][e / 4][e % 4] =
+              add_signed<Thread>(acc[j][e / 4][e % 4], draw.coefficient, Scalar::signs(signs >> e));
       }
     }
   }
-  if (noise == Noise::hadamard)
-    ESFAST_UNROLL
-    for (uint32_t i = 0; i < 8 * kSteps; ++i)
-      acc[i / 8][i / 4 % 2][i % 4] =
-          Scalar::mulf(static_cast<float>(sums[i / 8][i % 8]), step.hadamard_scale);
+  if (noise == Noise::hadamard) ESFAST_UNROLL
+  for (uint32_t i = 0; i < 8 * kSteps; ++i)
+    acc[i / 8][i / 4 % 2][i % 4] =
+        Scalar::mulf(static_cast<float>(sums[i / 8][i % 8]), step.hadamard_scale);
 }
 
 // Returns how many of the lane's weights saturated.
@@ -302,8 +305,7 @@ ESFAST_FN uint32_t update_tile(const Span& s, const Lane& lane, const Step& step
   float acc[kSteps][2][4];
   add_noise<noise>(s, lane, step, tables, acc);
   const bool random = step.rule.stochastic && s.base_dtype != Dtype::float32;
-  const Stream rounding =
-      stream_of(step.rounding, s.tensor, static_cast<uint32_t>(s.origin >> 35));
+  const Stream rounding = stream_of(step.rounding, s.tensor, static_cast<uint32_t>(s.origin >> 35));
   Raw old[kSteps];
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) old[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);

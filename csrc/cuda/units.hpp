@@ -24,8 +24,9 @@ struct alignas(16) Sixteen {
   uint32_t w[4];
 };
 
-// Memory by address. On the device in so many words: from an integer the compiler would make accesses
-// of any memory space, which are slower than those of global memory. Volatile keeps their order.
+// Memory by address. On the device in so many words: from an integer the compiler would make
+// accesses of any memory space, which are slower than those of global memory. Volatile keeps their
+// order.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ void read(uint64_t address, uint16_t& value) {
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(value) : "l"(address));
@@ -79,7 +80,8 @@ ESFAST_FN Slots slots_of(const Unit& u, uint64_t address, int64_t row_stride, in
                          Dtype dtype) {
   const int64_t bytes = dtype == Dtype::float32 ? 4 : 2;
   Slots s;
-  s.address = address + static_cast<uint64_t>((u.row * row_stride + u.column * column_stride) * bytes);
+  s.address =
+      address + static_cast<uint64_t>((u.row * row_stride + u.column * column_stride) * bytes);
   s.step = column_stride * bytes;
   s.first = u.first;
   s.end = u.end;
@@ -205,7 +207,8 @@ struct alignas(16) Draw {
 };
 
 ESFAST_FN Stream stream_of(const Draw& d, uint32_t tensor, uint32_t high) {
-  return make_stream(static_cast<uint64_t>(d.seed_high) << 32 | d.seed_low, high, tensor, d.purpose);
+  return make_stream(static_cast<uint64_t>(d.seed_high) << 32 | d.seed_low, high, tensor,
+                     d.purpose);
 }
 
 // Counter word 1 of a span's blocks; mapping.hpp keeps it constant over a span.
@@ -356,8 +359,7 @@ ESFAST_FN Updated updated(const Raw& old, const float (&acc)[2][4], const float 
     uint32_t over = 0;
     const uint32_t bits = random[e / 2] >> (16 * (e % 2)) & 0xFFFFu;
     const float weight = Base::template widen<Thread>(get<Base>(old, e));
-    const uint32_t v =
-        update<Thread, Base>(weight, acc[e / 4][e % 4], anchor[e], bits, rule, over);
+    const uint32_t v = update<Thread, Base>(weight, acc[e / 4][e % 4], anchor[e], bits, rule, over);
     out.saturated += e >= first && e < end ? over : 0u;
     put<Base>(out.base, e, v);
     if (Live::bytes != Base::bytes)

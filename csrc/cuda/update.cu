@@ -1,8 +1,9 @@
 // The update of a whole population in one pass; each weight is read once and written once.
 //
-// Gaussian updates wait for arithmetic (about 30 instructions a normal), Hadamard updates for memory:
-// their sums are look-ups in shared memory, in as many copies of the tables as fit, up to one a bank.
-// Groups beyond what shared memory holds (about 50 of 32 members) are looked up in global memory.
+// Gaussian updates wait for arithmetic (about 30 instructions a normal), Hadamard updates for
+// memory: their sums are look-ups in shared memory, in as many copies of the tables as fit, up to
+// one a bank. Groups beyond what shared memory holds (about 50 of 32 members) are looked up in
+// global memory.
 #include "launch.hpp"
 #include "tile_loop.hpp"
 
@@ -13,10 +14,10 @@ using namespace device;
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHadamardThreads = 512;    // one block a multiprocessor, which holds the tables
-constexpr int kGroupEntries = 4 * 256;    // four bytes of a word
+constexpr int kHadamardThreads = 512;   // one block a multiprocessor, which holds the tables
+constexpr int kGroupEntries = 4 * 256;  // four bytes of a word
 constexpr size_t kGroupBytes = 4 * kGroupEntries;
-constexpr int kMostShift = 5;             // 32 copies: a bank a lane
+constexpr int kMostShift = 5;  // 32 copies: a bank a lane
 
 // A small block of words by value: what a launch copies, a graph's capture too.
 struct Words {
@@ -31,8 +32,8 @@ __global__ void write_kernel(Words words, uint32_t* to, uint32_t count) {
 __global__ void table_kernel(const int32_t* coefficients, uint32_t entries, int32_t* tables) {
   const uint32_t every = gridDim.x * blockDim.x;
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < entries; i += every)
-    tables[i] = table_entry(coefficients + i / kGroupEntries * 32,
-                            static_cast<int>(i / 256 % 4), i % 256);
+    tables[i] =
+        table_entry(coefficients + i / kGroupEntries * 32, static_cast<int>(i / 256 % 4), i % 256);
 }
 
 __device__ __forceinline__ void fill_tables(const int32_t* coefficients, int groups, int shift,
@@ -40,8 +41,8 @@ __device__ __forceinline__ void fill_tables(const int32_t* coefficients, int gro
   const uint32_t copies = 1u << shift;
   for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(groups) * kGroupEntries;
        i += blockDim.x) {
-    const int32_t entry = table_entry(coefficients + i / kGroupEntries * 32,
-                                      static_cast<int>(i / 256 % 4), i % 256);
+    const int32_t entry =
+        table_entry(coefficients + i / kGroupEntries * 32, static_cast<int>(i / 256 % 4), i % 256);
     for (uint32_t c = 0; c < copies; ++c)  // lanes start at different banks
       tables[i << shift | ((c + threadIdx.x) & (copies - 1))] = entry;
   }
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kHadamardThreads, 1)
   extern __shared__ int32_t tables[];
   fill_tables(coefficients, step.count, shift, tables);
   const uint32_t copy = threadIdx.x & ((1u << shift) - 1);
-  update_all<Noise::hadamard, kHadamardThreads>(table, step, Tables{tables, shift, copy}, saturated);
+  update_all<Noise::hadamard, kHadamardThreads>(table, step, Tables{tables, shift, copy},
+                                                saturated);
 }
 
 // Too many groups for shared memory.

@@ -66,9 +66,9 @@ std::vector<std::string> devices() {
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
     if (cudaGetDeviceProperties(&properties, i) == cudaSuccess)
-      names.emplace_back(std::string(properties.name) + ", sm_" +
-                         std::to_string(properties.major) + std::to_string(properties.minor) +
-                         ", " + std::to_string(properties.totalGlobalMem >> 20) + " MiB");
+      names.emplace_back(std::string(properties.name) + ", sm_" + std::to_string(properties.major) +
+                         std::to_string(properties.minor) + ", " +
+                         std::to_string(properties.totalGlobalMem >> 20) + " MiB");
   }
   return names;
 }

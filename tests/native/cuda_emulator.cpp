@@ -1,9 +1,9 @@
 // cuda.hpp on the CPU: the device's own functions (csrc/cuda/tiles.hpp) lane by lane, warp by warp.
 //
 // Everything but the kernels' shells runs as on the device: the plan, the mapping, the loads and
-// stores of units, the noise, the rounding, the lists of lean memory. What a warp does together (sums
-// over lanes, one reservation a tile) is written out here a second time. A small odd grid makes
-// warps visit many tiles each.
+// stores of units, the noise, the rounding, the lists of lean memory. What a warp does together
+// (sums over lanes, one reservation a tile) is written out here a second time. A small odd grid
+// makes warps visit many tiles each.
 #include <pybind11/stl.h>
 
 #include "../../csrc/cuda/bind.hpp"
@@ -126,9 +126,15 @@ Draw draw_of(const Source& s) {
 
 }  // namespace
 
-std::vector<std::string> devices() { return {"an emulated device"}; }
-Status prepare(int device) { return {device == 0 ? "" : "only device 0 is emulated"}; }
-int warps(int) { return static_cast<int>(kWarps); }
+std::vector<std::string> devices() {
+  return {"an emulated device"};
+}
+Status prepare(int device) {
+  return {device == 0 ? "" : "only device 0 is emulated"};
+}
+int warps(int) {
+  return static_cast<int>(kWarps);
+}
 
 Status perturb(const Place& place, const PerturbCall& call) {
   const Perturbation p = perturbation_of(call);
@@ -187,10 +193,13 @@ Status refresh(const Place& place) {
 Status checksum(const Place& place, uint64_t sum) {
   auto* out = reinterpret_cast<uint64_t*>(sum);
   *out = 0;
-  return for_lanes(place, [&](const Span& s, const Lane& lane, uint32_t) { *out += hash_tile(s, lane); });
+  return for_lanes(place,
+                   [&](const Span& s, const Lane& lane, uint32_t) { *out += hash_tile(s, lane); });
 }
 
-uint64_t update_bytes(const UpdateCall& call) { return 16 + 16 * static_cast<uint64_t>(call.count); }
+uint64_t update_bytes(const UpdateCall& call) {
+  return 16 + 16 * static_cast<uint64_t>(call.count);
+}
 
 Status update(const Place& place, const UpdateCall& call, uint64_t workspace, uint64_t saturated) {
   auto* draws = reinterpret_cast<Draw*>(workspace);
@@ -210,8 +219,12 @@ Status update(const Place& place, const UpdateCall& call, uint64_t workspace, ui
   return {};
 }
 
-Status roots(int, uint64_t, uint32_t, uint64_t, uint64_t) { return {"roots are not emulated"}; }
-uint64_t shape_doubles(uint64_t, uint64_t) { return 1; }
+Status roots(int, uint64_t, uint32_t, uint64_t, uint64_t) {
+  return {"roots are not emulated"};
+}
+uint64_t shape_doubles(uint64_t, uint64_t) {
+  return 1;
+}
 Status shape(Shaping, int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t) {
   return {"shaping is not emulated"};
 }
@@ -220,8 +233,9 @@ Status shape(Shaping, int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uin
 
 namespace {
 
-// Adds 1 + 256 * (low 24 bits of the logical index) to the 32-bit word of every element visited by a
-// grid of that size: each element must come out with exactly that, and nothing else may be touched.
+// Adds 1 + 256 * (low 24 bits of the logical index) to the 32-bit word of every element visited by
+// a grid of that size: each element must come out with exactly that, and nothing else may be
+// touched.
 void cover(const Place& place, uint32_t blocks, uint32_t threads) {
   const Span* spans = reinterpret_cast<const Span*>(place.spans);
   const uint32_t warps = warp_of(blocks, 0, threads);
