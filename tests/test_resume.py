@@ -17,7 +17,15 @@ from rich.console import Console
 from test_cli import REWARD, run
 from test_train import NumberEngine, Targets, interrupt_at
 
-from esfast import AnchoredDecay, ConfigError, DataError, EsfastError, StateError, StrategyConfig
+from esfast import (
+    AnchoredDecay,
+    ConfigError,
+    DataError,
+    EsfastError,
+    StateError,
+    StrategyConfig,
+    cli,
+)
 from esfast.engines.base import Sampling
 from esfast.journal import read_journal
 from esfast.journal_format import MarkRecord, SegmentRecord
@@ -302,7 +310,7 @@ def test_what_would_change_the_result_is_refused_by_name(flags, capfd):
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
     cases = {
         "sigma": ["--sigma", "0.03"],
-        "alpha": ["--alpha", "0.003"],  # the parser's default, and not the run's
+        "alpha": ["--alpha", str(cli.build_parser().parse_args(["train"]).alpha)],  # its default
         "population-size": ["--population-size", "6"],
         "antithetic": ["--no-antithetic"],
         "seed": ["--seed", "1"],
