@@ -87,7 +87,7 @@ def _add_task_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_strategy_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sigma", type=_above_zero, default=0.003, help="noise scale")
-    group.add_argument("--alpha", type=_above_zero, default=0.003, help="step size")
+    group.add_argument("--alpha", type=_above_zero, default=0.006, help="step size")
     group.add_argument("--population-size", type=_positive, default=16)
     group.add_argument("--antithetic", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--noise", choices=NOISES, default="gaussian")
@@ -152,7 +152,7 @@ def _train(
         engine,
         task,
         config,
-        RunFolder(output, description, past and past.changes),
+        RunFolder(output, description, None if past is None else past.changes),
         save_model=lambda path: save_model(loaded, path, made=description),
         anchor=_anchor(config.strategy, loaded, engine),
         loggers=make_loggers(args.log_to, output, description),

@@ -264,7 +264,7 @@ def test_the_example_loop_learns():
 def test_the_defaults_are_the_default_job():
     args = cli.build_parser().parse_args(["train"])
     assert train_command._task(args).name == "arithmetic"
-    assert (args.sigma, args.alpha, args.memory, args.antithetic) == (0.003, 0.003, "lean", True)
+    assert (args.sigma, args.alpha, args.memory, args.antithetic) == (0.003, 0.006, "lean", True)
 
 
 @pytest.mark.slow
