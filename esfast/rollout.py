@@ -33,7 +33,7 @@ class TrainConfig:
     strategy: StrategyConfig
     sampling: Sampling
     generations: int = 10
-    prompts: int = 32
+    prompts: int = 64
     fixed_prompts: bool = False
     eval_every: int = 5
     eval_size: int = 128

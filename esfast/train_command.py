@@ -100,7 +100,7 @@ def _add_strategy_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--generations", type=_positive, default=10)
-    group.add_argument("--prompts", type=_positive, default=32, help="a generation")
+    group.add_argument("--prompts", type=_positive, default=64, help="a generation")
     group.add_argument("--fixed-prompts", action="store_true", help="the same every generation")
     group.add_argument("--max-new-tokens", type=_positive, default=None, help="the task's own")
     group.add_argument("--temperature", type=_finite, default=0.0, help="of the members; 0: greedy")
