@@ -10,12 +10,14 @@ call does not touch stay in the file.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from esfast import cli
 
-RESULTS = Path(__file__).parent / "results"
+# Relative, since the plot and the CSV say how they were made.
+RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
 DTYPES = ["bfloat16", "float16", "float32"]
 SETTINGS = [
     "--dtype", *DTYPES, "--memory", "lean", "shadow", "master",
