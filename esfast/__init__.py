@@ -6,8 +6,11 @@ scored well: no gradients, no optimizer state, no stored noise.
 
 import os
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+
+BEGAN = time.perf_counter()  # of this process, as far as it is esfast's
 
 # Torch's threads (libgomp) spin while they wait for each other, with the processor taken: where
 # another program needs a core, a two-thread generation of 0.4 s took over a minute, and 2.7 s with

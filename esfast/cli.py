@@ -17,7 +17,7 @@ import torch
 
 from esfast import __version__, info
 from esfast.errors import EsfastError
-from esfast.measure import process_seconds
+from esfast.measure import seconds_since_import
 from esfast.replay_command import (
     add_apply_arguments,
     add_export_arguments,
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code (argparse's own exits raise SystemExit)."""
     args = build_parser().parse_args(argv)
-    args.started_before = process_seconds() if argv is None else 0.0
+    args.started_before = seconds_since_import() if argv is None else 0.0
     args.command_line = ["esfast", *(sys.argv[1:] if argv is None else argv)]
     run: Callable[[argparse.Namespace], int] = args.run
     try:

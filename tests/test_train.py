@@ -28,7 +28,7 @@ from esfast.engines.base import Completion, Sampling
 from esfast.held_out import HeldOut, rise, wilson
 from esfast.journal import read_journal
 from esfast.loggers import make_loggers, require_packages
-from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, process_seconds
+from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
 from esfast.plots import draw_run
 from esfast.progress import RunProgress
 from esfast.report import _shown, print_result
@@ -399,4 +399,4 @@ def test_every_second_has_one_name(monkeypatch):
 
 def test_the_time_before_a_clock_starts_can_be_told():
     assert Clock(earlier=2.5).seconds == {"setup": 2.5}
-    assert process_seconds() > 0.1 or not Path("/proc/uptime").exists()
+    assert seconds_since_import() > 0.1 or not Path("/proc/uptime").exists()
