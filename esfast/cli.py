@@ -1,4 +1,4 @@
-"""The command line: `esfast train`, `esfast bench`, `esfast info`.
+"""The command line: `esfast train`, `replay`, `export-adapter`, `apply`, `bench`, `info`.
 
 What a user can mend is one paragraph on standard error and exit code 2; Ctrl-C is 130; anything
 else is a bug and keeps its traceback.

@@ -1,7 +1,7 @@
 """What a pass costs a parameter: bytes that it cannot avoid moving, and values that it draws.
 
     ours     the bytes of the weights, and of the base where there is one, once each way; lean's
-             records (about 2.2 bits a parameter) are not counted
+             records (1.2 bits a parameter on SmolLM2) are not counted
     peers    every operand of every operation (peers.py)
     buffers  copy 2, read-modify-write 2, read 1 times the dtype
 

@@ -33,7 +33,7 @@ _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)
 
 
 def is_plain(text: str) -> bool:
-    """Whether `eval(text)` could do nothing but make a value or fail."""
+    """Whether evaluating `text` could do nothing but make a value or fail."""
     if len(text) > MAX_LENGTH:
         return False
     return _is_literal(text) or (bool(_PLAIN.fullmatch(text)) and not _RISKY.search(text))
