@@ -25,7 +25,8 @@ from esfast.replay_command import (
     run_export,
     run_replay,
 )
-from esfast.train_command import add_train_arguments, run_train
+from esfast.train_command import run_train
+from esfast.train_flags import add_train_arguments
 
 INTERRUPTED = 130
 MENDABLE = 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from esfast import _core, cli, train_command
+from esfast import _core, cli, train_flags
 from esfast.journal import read_journal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -263,7 +263,7 @@ def test_the_example_loop_learns():
 
 def test_the_defaults_are_the_default_job():
     args = cli.build_parser().parse_args(["train"])
-    assert train_command._task(args).name == "arithmetic"
+    assert train_flags.task_of(args).name == "arithmetic"
     assert (args.sigma, args.alpha, args.memory, args.antithetic) == (0.003, 0.006, "lean", True)
 
 

@@ -1,0 +1,187 @@
+"""The flags of `esfast train`, and what they make: a strategy, a task, the settings of a run.
+
+The defaults are those of the default job: SmolLM2-135M-Instruct learns to answer small sums with
+the bare equation, in minutes on two cores. The papers' settings for models of 0.5-8 B parameters
+are --sigma 1e-3 --alpha 5e-4 --population-size 30 --prompts 200 --generations 500.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from esfast.engines.base import Sampling
+from esfast.errors import ConfigError
+from esfast.loggers import LOGGERS
+from esfast.members import NOISES
+from esfast.models import DEFAULT_MODEL
+from esfast.rollout import TrainConfig
+from esfast.shaping import METHODS
+from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
+from esfast.tasks import Task, make_task
+from esfast.weights import MEMORIES
+
+DTYPES = ("bfloat16", "float16", "float32")
+PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast train`."""
+    add_model_flags(parser.add_argument_group("model"))
+    add_task_flags(parser.add_argument_group("task"))
+    add_strategy_flags(parser.add_argument_group("evolution strategy"))
+    add_run_flags(parser.add_argument_group("run"))
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """Which model, and how it is held."""
+    group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
+    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
+    group.add_argument("--device", default="cpu", help="where the model lives")
+    group.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    group.add_argument("--batch-size", type=positive, default=64, help="rows decoded together")
+    group.add_argument("--memory", choices=MEMORIES, default="lean", help="how members are undone")
+
+
+def add_task_flags(group: argparse._ArgumentGroup) -> None:
+    """Where prompts and rewards come from."""
+    group.add_argument("--task", default=None, help="arithmetic if not given; see docs/adding.md")
+    group.add_argument("--task-option", action="append", default=[], metavar="NAME=VALUE")
+    group.add_argument("--data", default=None, help="JSONL file of prompts")
+    group.add_argument("--eval-data", default=None, help="JSONL file of held-out prompts")
+    group.add_argument("--reward", default=None, metavar="MODULE:FUNCTION", help="needs --data")
+    group.add_argument("--reward-timeout", type=above_zero, default=10.0, help="s a completion")
+    group.add_argument("--reward-workers", type=positive, default=1, help="processes")
+    group.add_argument("--failure-reward", type=finite, default=0.0, help="where scoring fails")
+
+
+def add_strategy_flags(group: argparse._ArgumentGroup) -> None:
+    """StrategyConfig's fields."""
+    group.add_argument("--sigma", type=above_zero, default=0.003, help="noise scale")
+    group.add_argument("--alpha", type=above_zero, default=0.006, help="step size")
+    group.add_argument("--population-size", type=positive, default=16)
+    group.add_argument("--antithetic", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--noise", choices=NOISES, default="gaussian")
+    group.add_argument("--shaping", choices=METHODS, default="rank")
+    group.add_argument("--rounding", choices=ROUNDINGS, default="stochastic")
+    group.add_argument("--weight-decay-type", choices=("none", *DECAYS), default="none")
+    group.add_argument("--weight-decay-lambda", type=finite, default=None, metavar="LAMBDA")
+    group.add_argument("--seed", type=natural, default=0)
+
+
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
+    """TrainConfig's fields, and what is kept of a run."""
+    group.add_argument("--generations", type=positive, default=10)
+    group.add_argument("--prompts", type=positive, default=64, help="a generation")
+    group.add_argument("--fixed-prompts", action="store_true", help="the same every generation")
+    group.add_argument("--max-new-tokens", type=positive, default=None, help="the task's own")
+    group.add_argument("--temperature", type=finite, default=0.0, help="of the members; 0: greedy")
+    group.add_argument("--eval-every", type=positive, default=5, help="generations")
+    group.add_argument("--eval-size", type=positive, default=96, help="held-out prompts at most")
+    group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
+    group.add_argument("--snapshot-every", type=natural, default=0, help="generations; 0: never")
+    group.add_argument("--checksum-every", type=positive, default=10, help="generations")
+    group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
+    group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
+
+
+def strategy_of(args: argparse.Namespace) -> StrategyConfig:
+    """The strategy that the flags name. Raises ConfigError."""
+    kind, weight = args.weight_decay_type, args.weight_decay_lambda
+    if kind == "none" and weight is not None:
+        raise ConfigError("--weight-decay-lambda needs --weight-decay-type l1 or l2.")
+    decay = None
+    if kind != "none":
+        decay = AnchoredDecay(kind, PAPER_LAMBDA[kind] if weight is None else weight)
+    return StrategyConfig(
+        sigma=args.sigma,
+        alpha=args.alpha,
+        population_size=args.population_size,
+        seed=args.seed,
+        noise=args.noise,
+        antithetic=args.antithetic,
+        shaping=args.shaping,
+        decay=decay,
+        rounding=args.rounding,
+    )
+
+
+def config_of(args: argparse.Namespace, strategy: StrategyConfig, task: Task) -> TrainConfig:
+    """The settings of the run. Raises ConfigError."""
+    limit = args.max_new_tokens or task.max_new_tokens
+    return TrainConfig(
+        strategy=strategy,
+        sampling=Sampling(limit, temperature=args.temperature, seed=args.seed),
+        generations=args.generations,
+        prompts=args.prompts,
+        fixed_prompts=args.fixed_prompts,
+        eval_every=args.eval_every,
+        eval_size=args.eval_size,
+        memory=args.memory,
+        threads=args.threads,
+        checksum_every=args.checksum_every,
+        snapshot_every=args.snapshot_every,
+    )
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """The task that the flags name. Raises ConfigError, DataError."""
+    name = args.task or ("custom" if args.reward else "arithmetic")
+    options = dict(_task_option(text) for text in args.task_option)
+    if args.reward and name != "custom":
+        raise ConfigError(f"--reward goes with a task of your own; leave out --task {name}.")
+    for flag, option in (("data", args.data), ("eval_data", args.eval_data)):
+        if option is not None:
+            options[flag] = option
+    if name == "custom":
+        options |= {
+            "reward": args.reward,
+            "timeout": args.reward_timeout,
+            "workers": args.reward_workers,
+            "failure_reward": args.failure_reward,
+        }
+    return make_task(name, **options)
+
+
+def _task_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ConfigError(f"--task-option {text!r} is not of the form name=value.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _number(text: str, kind: type, holds: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    return _number(text, int, lambda n: n >= 1, "a whole number of 1 or more")
+
+
+def natural(text: str) -> int:
+    """An argparse type: a whole number of 0 or more."""
+    return _number(text, int, lambda n: n >= 0, "a whole number of 0 or more")
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a number above 0."""
+    return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    return _number(text, float, math.isfinite, "a finite number")
