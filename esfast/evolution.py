@@ -25,6 +25,7 @@ from esfast.anchor import Anchor
 from esfast.errors import StateError
 from esfast.journal import JournalWriter
 from esfast.journal_format import GenerationRecord, merged
+from esfast.live_weights import LiveWeights
 from esfast.members import Member
 from esfast.parameters import ParameterTable
 from esfast.strategy import Strategy, StrategyConfig
@@ -45,12 +46,13 @@ class EvolutionStrategy:
     """Drives `Strategy` over `Weights`.
 
     model: a torch module, or a ParameterTable; memory: "lean", "shadow", "master"; anchor: for
-    decay, by default a copy of the weights as they are now; settings: StrategyConfig's fields.
+    decay, by default a copy of the weights as they are now; settings: StrategyConfig's fields. In
+    a model's place an engine's `live_weights` may stand, made with a memory, anchor and threads.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module | ParameterTable,
+        model: torch.nn.Module | ParameterTable | LiveWeights,
         config: StrategyConfig | None = None,
         *,
         memory: str = "lean",
@@ -61,13 +63,26 @@ class EvolutionStrategy:
         if config is not None and settings:
             raise TypeError(f"give a config or settings, not both (got {', '.join(settings)})")
         self.strategy = Strategy(config or StrategyConfig(**settings))
-        table = model if isinstance(model, ParameterTable) else ParameterTable.from_module(model)
-        if self.config.decay is not None and anchor is None:
-            anchor = Anchor.in_memory(table)
-        self.weights = Weights(table, memory, anchor, threads)
+        self.weights = self._live(model, memory, anchor, threads)
         self.generation = 0
         self.journal: JournalWriter | None = None
         self._loop = object()
+
+    def _live(
+        self,
+        model: torch.nn.Module | ParameterTable | LiveWeights,
+        memory: str,
+        anchor: Anchor | None,
+        threads: int | None,
+    ) -> LiveWeights:
+        if isinstance(model, LiveWeights):
+            if (memory, anchor, threads) != ("lean", None, None):
+                raise TypeError("memory, anchor and threads are settings of the live weights given")
+            return model
+        table = model if isinstance(model, ParameterTable) else ParameterTable.from_module(model)
+        if self.config.decay is not None and anchor is None:
+            anchor = Anchor.in_memory(table)
+        return Weights(table, memory, anchor, threads)
 
     @property
     def config(self) -> StrategyConfig:

@@ -19,6 +19,7 @@ import torch
 
 from esfast import _core
 from esfast.errors import ParameterError, StateError
+from esfast.journal_format import TensorSpec
 from esfast.members import tensor_id
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,13 +30,15 @@ class Segment:
     """A view that holds canonical[start : start + tensor.shape] of the tensor called `name`.
 
     shape: of the canonical tensor; tensor: a view of float32, float16 or bfloat16, any strides;
-    start: first canonical index along each dimension (zeros when left out).
+    start: first canonical index along each dimension (zeros when left out); counted: whether a
+    checksum counts it, False where another worker's segment of the same elements is counted.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor: torch.Tensor
     start: tuple[int, ...] = ()
+    counted: bool = True
 
     @property
     def origin(self) -> tuple[int, ...]:
@@ -318,6 +321,15 @@ class ParameterTable:
         )
 
     @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Canonical names, shapes and dtypes, sorted by name."""
+        kinds = {s.name: (tuple(s.shape), str(s.tensor.dtype)) for s in self.segments}
+        return tuple(
+            TensorSpec(name, shape, dtype.removeprefix("torch."))
+            for name, (shape, dtype) in sorted(kinds.items())
+        )
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Canonical names, each once, in order of appearance."""
         return tuple(dict.fromkeys(segment.name for segment in self.segments))
@@ -336,6 +348,11 @@ class ParameterTable:
     def device(self) -> torch.device:
         """The device that holds the segments."""
         return self.segments[0].tensor.device
+
+    @property
+    def counted(self) -> np.ndarray:
+        """A bool a piece: whether checksums count its elements."""
+        return np.array([self.segments[piece.segment].counted for piece in self.pieces], dtype=bool)
 
     def rows(self) -> np.ndarray:
         """The core's segment table, base = live, no anchor: a structured array, a row a piece."""

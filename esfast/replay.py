@@ -48,21 +48,12 @@ def header_of(
     es.weights.restore()
     return JournalHeader(
         base_checksum=es.weights.checksum(),
-        tensors=specs(es.weights.table),
+        tensors=es.weights.specs(),
         config=es.config,
         master=es.weights.memory == "master",
         anchor_checksum=es.weights.anchor_checksum() if es.config.decay is not None else None,
         checksum_every=checksum_every,
         run=run or {},
-    )
-
-
-def specs(table: ParameterTable) -> tuple[TensorSpec, ...]:
-    """Canonical names, shapes and dtypes, sorted by name."""
-    kinds = {s.name: (tuple(s.shape), str(s.tensor.dtype)) for s in table.segments}
-    return tuple(
-        TensorSpec(name, shape, dtype.removeprefix("torch."))
-        for name, (shape, dtype) in sorted(kinds.items())
     )
 
 
@@ -76,13 +67,13 @@ def table_for(header: JournalHeader, module: torch.nn.Module) -> ParameterTable:
             f"{len(header.tensors)} are not there); give the model that the run started from."
         )
     table = ParameterTable.from_tensors({t.name: parameters[t.name] for t in header.tensors})
-    _require_tensors(header, table)
+    _require_tensors(header, table.specs)
     return table
 
 
-def _require_tensors(header: JournalHeader, table: ParameterTable) -> None:
+def _require_tensors(header: JournalHeader, seen: Iterable[TensorSpec]) -> None:
     recorded = {tensor.name: tensor for tensor in header.tensors}
-    given = {tensor.name: tensor for tensor in specs(table)}
+    given = {tensor.name: tensor for tensor in seen}
     for name in sorted(recorded.keys() | given.keys()):
         was, now = recorded.get(name), given.get(name)
         if was != now:
@@ -98,7 +89,7 @@ def _shown(tensor: TensorSpec | None) -> str:
 
 def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
     """DataError where `es` does not hold the weights and anchor that the journal starts from."""
-    _require_tensors(header, es.weights.table)
+    _require_tensors(header, es.weights.specs())
     for what, recorded, seen in (
         ("base weights", header.base_checksum, es.weights.checksum()),
         ("anchor", header.anchor_checksum, _anchor_checksum(header, es)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -139,6 +140,20 @@ class Rollout:
         self.engine.weights_changed()
         self.clock.lap(UPDATE)
         return report.saturated
+
+
+def strategy_over(
+    engine: Engine, config: TrainConfig, anchor: Path | None = None
+) -> EvolutionStrategy:
+    """A run at generation 0 over an engine's weights.
+
+    anchor: the folder of the model that decay pulls to; without it a copy is kept.
+    """
+    decays = config.strategy.decay is not None
+    weights = engine.live_weights(
+        config.memory, decays and (anchor or True), threads=config.threads
+    )
+    return EvolutionStrategy(weights, config.strategy)
 
 
 def follow(rollout: Rollout, es: EvolutionStrategy, generations: int) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from esfast.anchor import Anchor
 from esfast.engines.base import Engine
 from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
@@ -38,8 +37,8 @@ from esfast.measure import (
 )
 from esfast.progress import GenerationReport, RunProgress
 from esfast.replay import catch_up, header_of, require_settings
-from esfast.resources import readable, require_memory
-from esfast.rollout import Earned, Rollout, TrainConfig
+from esfast.resources import readable
+from esfast.rollout import Earned, Rollout, TrainConfig, strategy_over
 from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
 from esfast.snapshots import save_snapshot
 from esfast.tasks.base import Example, Task
@@ -113,11 +112,12 @@ class Trainer:
         folder: RunFolder,
         *,
         save_model: Callable[[Path], object],
-        anchor: Anchor | None = None,
+        anchor: Path | None = None,
         loggers: list[Logger] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`save_model` writes the live weights to a folder; `clock` may have started earlier."""
+        """`save_model` writes the live weights to a folder; `anchor`: the folder of the model that
+        decay pulls to (without it a copy is kept); `clock` may have started earlier."""
         self.engine = engine
         self.config = config
         self.folder = folder
@@ -165,13 +165,7 @@ class Trainer:
         self.engine.generate(warm_up, self.rollout.sampling(0))
         self._inference_peak = peak_bytes() if can_measure else None
         self.clock.lap(SETUP)
-        self.es = EvolutionStrategy(
-            self.engine.table(),
-            self.config.strategy,
-            memory=self.config.memory,
-            anchor=self._anchor,
-            threads=self.config.threads,
-        )
+        self.es = strategy_over(self.engine, self.config, self._anchor)
         self._tell_memory(self.es)
         self._open_journal(self.es)
         self._caught_up = True
@@ -204,11 +198,8 @@ class Trainer:
 
     def _tell_memory(self, es: EvolutionStrategy) -> None:
         config = self.config.strategy
-        use = es.weights.memory_use()
-        needed = es.weights.expected_bytes(config.sigma, config.noise)
-        if self.config.memory == "lean":
-            require_memory(needed, "restoring members exactly", "Free some, or lower --sigma.")
-        weights = use.weights_bytes
+        needed = es.weights.require_room(config.sigma, config.noise)
+        weights = es.weights.memory_use().weights_bytes
         self.progress.note(
             f"{self.config.memory} memory: {readable(needed)} beside {readable(weights)} of "
             f"weights ({needed / weights:.2f} of them)"

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esfast import plots
-from esfast.anchor import Anchor
 from esfast.checkpoint import LoadedModel, save_model
-from esfast.evolution import EvolutionStrategy
 from esfast.journal import parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
@@ -25,10 +23,9 @@ from esfast.provenance import provenance
 from esfast.replay import catch_up
 from esfast.report import print_result
 from esfast.resume import PastRun, flags_of, resumed
-from esfast.rollout import Rollout, TrainConfig, follow
+from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder, require_free
 from esfast.snapshots import SNAPSHOTS
-from esfast.strategy import StrategyConfig
 from esfast.tasks import Task
 from esfast.train import Trainer
 from esfast.train_flags import add_train_arguments, config_of, strategy_of, task_of
@@ -83,7 +80,7 @@ def _train(
         config,
         RunFolder(output, description, None if past is None else past.changes),
         save_model=lambda path: save_model(loaded, path, made=description),
-        anchor=_anchor(config.strategy, loaded, engine),
+        anchor=loaded.folder,
         loggers=make_loggers(args.log_to, output, description),
         clock=clock,
     )
@@ -107,10 +104,7 @@ def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: 
     loaded, engine = _model(args)
     rollout = Rollout(engine, task, config, Clock())
     rollout.workers = workers
-    anchor = _anchor(config.strategy, loaded, engine)
-    es = EvolutionStrategy(
-        engine.table(), config.strategy, memory=config.memory, anchor=anchor, threads=config.threads
-    )
+    es = strategy_over(engine, config, loaded.folder)
     journal = parse(workers.share(None), "the journal of worker 0")
     snapshots = Path(args.resume) / SNAPSHOTS if args.resume is not None else None
     catch_up(es, journal, snapshots, note=lambda text: None)
@@ -147,12 +141,3 @@ def _output(args: argparse.Namespace, task: Task) -> Path:
         return Path(args.output)
     name = task.name.replace(":", "-")
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _anchor(
-    strategy: StrategyConfig, loaded: LoadedModel, engine: TransformersEngine
-) -> Anchor | None:
-    """The model that training starts from, read from its file: no resident memory."""
-    if strategy.decay is None:
-        return None
-    return Anchor.from_safetensors(loaded.folder, engine.table())

@@ -12,19 +12,22 @@ Lean and shadow give the same bits. Between calls nobody else may edit the tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from esfast import state_file
 from esfast.anchor import Anchor
 from esfast.anchor_stream import AnchorStream, streamed
 from esfast.device_table import make_records, make_table
-from esfast.errors import ConfigError, ParameterError, StateError
+from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
+from esfast.journal_format import TensorSpec
 from esfast.members import Member
 from esfast.parameters import ParameterTable
-from esfast.resources import available_memory, usable_cores
+from esfast.resources import available_memory, readable, usable_cores
 from esfast.strategy import ROUNDINGS, AnchoredDecay
 
 MEMORIES = ("lean", "shadow", "master")
@@ -99,6 +102,10 @@ class Weights:
             anchor.fill(rows, table)
             self._streamed = streamed(anchor, rows, table.device)
         self._core = make_table(rows, table.device)
+        counted = table.counted
+        self._counted = (
+            self._core if counted.all() else make_table(rows[counted], table.device)
+        )
         if self._bases:
             self._core.capture(self.threads)
 
@@ -124,6 +131,10 @@ class Weights:
             row["base"] = base.data_ptr() + piece.offsets[2] * base.element_size()
             row["base_row_stride"] = piece.strides[2]
             row["base_dtype"] = 0 if base.dtype is torch.float32 else row["live_dtype"]
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Canonical names, shapes and dtypes, sorted by name."""
+        return self.table.specs
 
     @property
     def perturbed(self) -> bool:
@@ -242,9 +253,10 @@ class Weights:
     def checksum(self) -> str:
         """16 hex digits of the live bits: equal iff the bits are, on any target and layout.
 
-        A sum modulo 2^64 over elements, so that the checksums of shards add up to the whole's.
+        A sum modulo 2^64 over elements, so that the checksums of shards add up to the whole's;
+        segments that are not `counted` (another worker's are) stay out of it.
         """
-        return f"{self._core.checksum(self.threads):016x}"
+        return f"{self._counted.checksum(self.threads):016x}"
 
     def anchor_checksum(self) -> str | None:
         """The same of the anchor's elements, in its own dtype; None without an anchor."""
@@ -254,6 +266,7 @@ class Weights:
         self.anchor.fill(rows, self.table)
         rows["live"], rows["live_dtype"] = rows["anchor"], rows["anchor_dtype"]
         rows["live_row_stride"], rows["live_column_stride"] = rows["anchor_row_stride"], 1
+        rows = rows[self.table.counted]
         checksum = make_table(rows, self.anchor.device).checksum(self.threads)
         self.anchor.release()
         return f"{checksum:016x}"
@@ -282,6 +295,36 @@ class Weights:
             self._core.refresh(self.threads)
         elif self._bases:
             self._core.capture(self.threads)
+
+    def write_state(self, path: Path, told: Mapping[str, str]) -> None:
+        """`state` in a safetensors file with `told` beside it; EsfastError where the disk fails."""
+        state_file.write(path, self.state(), self._checksum_of, told)
+
+    def read_state(self, path: Path) -> None:
+        """Takes what `write_state` wrote; whatever is raised, no weight was touched.
+
+        ValueError for what is damaged or does not fit this table.
+        """
+        try:
+            state = state_file.read(path, self.state(), self._checksum_of)
+        except state_file.UNREADABLE as error:
+            raise ValueError(str(error)) from error
+        self.load_state(state)
+
+    def _checksum_of(self, state: Sequence[torch.Tensor]) -> str:
+        segments = zip(self.table.segments, state, strict=True)
+        table = ParameterTable(replace(segment, tensor=tensor) for segment, tensor in segments)
+        return Weights(table, threads=self.threads).checksum()
+
+    def require_room(self, sigma: float, noise: str = "gaussian") -> int:
+        """`expected_bytes`; EsfastError where lean's records would find fewer free."""
+        needed, room = self.expected_bytes(sigma, noise), free_bytes(self.table.device)
+        if self.memory == "lean" and room is not None and room < needed:
+            raise EsfastError(
+                f"restoring members exactly needs about {readable(needed)} of memory beside the "
+                f"weights, and {readable(room)} are available. Free some, or lower sigma."
+            )
+        return needed
 
     def expected_bytes(self, sigma: float, noise: str = "gaussian") -> int:
         """Bytes that this memory mode takes beside the weights for members of this sigma.

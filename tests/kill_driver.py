@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from esfast import AnchoredDecay, EvolutionStrategy, ParameterTable, snapshots
+from esfast import AnchoredDecay, EvolutionStrategy, ParameterTable, state_file
 from esfast.journal import JOURNAL, JournalWriter
 from esfast.replay import catch_up, header_of
 from esfast.snapshots import SNAPSHOTS, save_snapshot
@@ -104,9 +104,9 @@ def arm(kind: str, rng: random.Random) -> None:
     elif kind == "sync":
         os.fsync = counted(os.fsync, number, lambda *a: die(), after=rng.random() < 0.5)
     elif kind == "snapshot":
-        at = rng.choice(["sync", "save_file", "_checksum"])
-        wrapped = counted(getattr(snapshots, at), rng.randint(1, 2), lambda *a: die(), True)
-        setattr(snapshots, at, wrapped)
+        at = rng.choice(["sync", "save_file", "require_disk"])
+        wrapped = counted(getattr(state_file, at), rng.randint(1, 2), lambda *a: die(), True)
+        setattr(state_file, at, wrapped)
     elif kind == "create":
         os.link = counted(os.link, 1, lambda *a: die(), after=rng.random() < 0.5)
     elif kind.endswith("update"):

@@ -27,6 +27,7 @@ from esfast import (
 from esfast.engines.base import Completion, Sampling
 from esfast.held_out import HeldOut, rise, wilson
 from esfast.journal import read_journal
+from esfast.live_weights import weights_of
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
 from esfast.plots import draw_run
@@ -50,8 +51,8 @@ class NumberEngine:
         self.seen: list[list[str]] = []
         self.before_call = before_call
 
-    def table(self):
-        return self._table
+    def live_weights(self, memory="lean", anchor=False, threads=None):
+        return weights_of(self._table, memory, anchor, threads)
 
     def generate(self, prompts, sampling):
         self.before_call(self.calls)

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from esfast import EsfastError, EvolutionStrategy, ParameterTable, StrategyConfig
+from esfast import EsfastError, ParameterTable, StrategyConfig
 from esfast.engines.base import Completion, Sampling
 from esfast.journal import parse
 from esfast.launch.torchrun import join_workers
+from esfast.live_weights import weights_of
 from esfast.measure import Clock
 from esfast.replay import catch_up
-from esfast.rollout import Rollout, TrainConfig, follow
+from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder
 from esfast.tasks import Example, Score, Task
 from esfast.train import Trainer
@@ -45,8 +46,8 @@ class Numbers:
         self.tokens_generated = self.asked = 0
         self.act, self.rank, self.last = act, rank, last
 
-    def table(self) -> ParameterTable:
-        return self._table
+    def live_weights(self, memory="lean", anchor=False, threads=None):
+        return weights_of(self._table, memory, anchor, threads)
 
     def generate(self, prompts, sampling):
         self.asked += 1
@@ -93,7 +94,7 @@ def lead(engine: Numbers, config: TrainConfig, folder: Path, resume: bool, worke
 def other(engine: Numbers, config: TrainConfig, act: str, workers) -> dict:
     rollout = Rollout(engine, Targets(), config, Clock())
     rollout.workers = workers
-    es = EvolutionStrategy(engine.table(), config.strategy, threads=1)
+    es = strategy_over(engine, config)
     catch_up(es, parse(workers.share(None), "the leader's"))
     if act == "apart":
         engine.weights[0] += 1

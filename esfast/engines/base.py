@@ -1,7 +1,7 @@
 """What an engine is: it turns prompts into completions under the weights as they are now.
 
-A training loop perturbs the weights through `esfast.Weights`, calls `weights_changed()` and asks
-for `generate(...)`; it knows nothing else about the engine. An engine never edits a weight.
+A training loop perturbs the weights through `live_weights(...)`, calls `weights_changed()` and asks
+for `generate(...)`; it knows nothing else about the engine. Nothing else edits a weight.
 
 Contract:
 - The same prompts, sampling and weights give the same tokens on the same machine and engine,
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from esfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from esfast.parameters import ParameterTable
+    from pathlib import Path
+
+    from esfast.live_weights import LiveWeights
 
 Message: TypeAlias = Mapping[str, str]
 """One chat message: `{"role": "user", "content": "2 + 2?"}`."""
@@ -72,25 +74,35 @@ class Completion:
 
     `text`: without the prompt, special tokens and the stop text. `tokens`: how many tokens the
     model generated for it, the end token included. `finished`: it ended by itself (end token or a
-    stop text) rather than at `max_new_tokens`.
+    stop text) rather than at `max_new_tokens`. `ids`: the generated tokens themselves, and
+    `prompt_tokens`: how many the prompt has; empty and 0 where the engine does not say.
     """
 
     text: str
     tokens: int
     finished: bool
+    ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Generates text with weights that `esfast.Weights` edits in place."""
+    """Generates text with weights that a run edits in place."""
 
     @property
     def tokens_generated(self) -> int:
         """Tokens generated since the engine was made; the sum of every `Completion.tokens`."""
         ...
 
-    def table(self) -> ParameterTable:
-        """The live weights under their canonical names; the same object at every call."""
+    def live_weights(
+        self, memory: str = "lean", anchor: Path | bool = False, threads: int | None = None
+    ) -> LiveWeights:
+        """The weights that it generates with, under their canonical names, to edit.
+
+        memory, threads: as of `esfast.Weights`; anchor: the folder of the model that decay pulls
+        to, True for a copy of the weights as they are now, False for none. The last that was asked
+        for is the one that counts.
+        """
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:

@@ -5,7 +5,7 @@ once, the prompts' common beginning computed once a call, attention for short ro
 that have ended leave the batch once half of it has. Tokenisation and batches are kept for the
 prompt lists used last, since all members of a generation answer the same one.
 
-The model is only ever edited elsewhere, through `esfast.Weights`; nothing derived from its weights
+The model is only ever edited through `live_weights`; nothing derived from its weights
 outlives a call, so `weights_changed` has nothing to do. Not promised: the tokens of
 `model.generate` in bfloat16, where sums taken in another order choose otherwise among nearly equal
 logits (in fp32 they agree).
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.decoding import Decoder, Ends
 from esfast.engines.kv_cache import can_share
 from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.live_weights import weights_of
 from esfast.parameters import ParameterTable
+from esfast.weights import Weights
 
 # Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
 PLANS_KEPT = 8
@@ -79,6 +82,12 @@ class TransformersEngine:
             self._table = ParameterTable.from_module(self.model)
         return self._table
 
+    def live_weights(
+        self, memory: str = "lean", anchor: Path | bool = False, threads: int | None = None
+    ) -> Weights:
+        """`esfast.Weights` over the model's parameters."""
+        return weights_of(self.table(), memory, anchor, threads)
+
     def weights_changed(self) -> None:
         """Nothing to derive again: every call computes from the weights as they are."""
 
@@ -101,6 +110,14 @@ class TransformersEngine:
             completions = Decoder(self.model, self.tokenizer, self._ends, sampling).run(plan)
         self._tokens_generated += sum(completion.tokens for completion in completions)
         return completions
+
+    def token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens that `generate` reads for each prompt, template and special ones included.
+
+        Raises DataError for what is no prompt.
+        """
+        prompting.key(prompts)
+        return prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
 
     def _plan(self, prompts: Sequence[Prompt]) -> prompting.Plan:
         key = prompting.key(prompts)
