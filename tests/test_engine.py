@@ -21,13 +21,14 @@ PROMPTS: list[Prompt] = [f"Say something about {word}" for word in WORDS]
 MODELS = {"llama": llama, "mistral": mistral, "gpt2": gpt2}
 
 
-def generated(model: Any, tokenizer: Any, prompt: Prompt, new: int) -> list[int]:
-    """The tokens that transformers generates for one prompt alone, greedily."""
+def generated(model: Any, tokenizer: Any, prompt: Prompt, new: int) -> tuple[list[int], int]:
+    """The tokens that transformers generates for one prompt alone, greedily; the prompt's length."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     with torch.inference_mode():
         out = model.generate(**ids, max_new_tokens=new, do_sample=False)
-    return out[0, ids["input_ids"].shape[1] :].tolist()
+    length = ids["input_ids"].shape[1]
+    return out[0, length:].tolist(), length
 
 
 def expected(model: Any, tokenizer: Any, prompts: list[Prompt], new: int) -> list[Completion]:
@@ -35,9 +36,10 @@ def expected(model: Any, tokenizer: Any, prompts: list[Prompt], new: int) -> lis
     ends = {ends} if isinstance(ends, int) else set(ends)
     completions = []
     for prompt in prompts:
-        tokens = generated(model, tokenizer, prompt, new)
+        tokens, read = generated(model, tokenizer, prompt, new)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        completions.append(Completion(text, len(tokens), tokens[-1] in ends))
+        finished = tokens[-1] in ends
+        completions.append(Completion(text, len(tokens), finished, tuple(tokens), read))
     return completions
 
 

@@ -10,6 +10,7 @@ are a function of the prompts and the tokens chosen, so the same weights give th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,7 @@ class Decoder:
         prefix = self._prefix(plan.prefix)
         rows = [row for batch in plan.batches for row in self._batch(batch, prefix)]
         rows.sort(key=lambda row: row.prompt)
-        return self._completions(rows)
+        return self._completions(rows, plan.lengths)
 
     def _prefix(self, ids: torch.Tensor) -> Cache | None:
         """The cache of the common prefix, one row; None where there is none."""
@@ -138,13 +139,15 @@ class Decoder:
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _completions(self, rows: list[_Row]) -> list[Completion]:
+    def _completions(self, rows: list[_Row], lengths: Sequence[int]) -> list[Completion]:
         completions = []
         for row in rows:
             text = self._text(row.tokens)
             for stop in self._sampling.stop:
                 text = text.split(stop, 1)[0]
-            completions.append(Completion(text, len(row.tokens), row.finished))
+            read = lengths[row.prompt]
+            ids = tuple(row.tokens)
+            completions.append(Completion(text, len(ids), row.finished, ids, read))
         return completions
 
     def _forward(
