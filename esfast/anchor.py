@@ -90,7 +90,8 @@ class _MappedFile:
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def _files_of(path: Path) -> list[Path]:
+def safetensors_files(path: Path) -> list[Path]:
+    """The files of a Hugging Face folder as its index names them, or the file itself."""
     if path.is_dir() and (path / INDEX).is_file():
         try:
             names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
@@ -154,7 +155,7 @@ class Anchor:
         They may have another dtype than the live weights. Errors (DataError): a missing, damaged or
         truncated file; a tensor of the table that is absent, or of another shape or dtype.
         """
-        files = [_MappedFile(file) for file in _files_of(Path(path))]
+        files = [_MappedFile(file) for file in safetensors_files(Path(path))]
         places = {name: (file, *place) for file in files for name, place in file.tensors.items()}
         stored = []
         for segment in table.segments:

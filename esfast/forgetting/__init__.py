@@ -1,4 +1,4 @@
-'''What a fine-tune changed: how far the weights went, where, and what that did to the answers.
+"""What a fine-tune changed: how far the weights went, where, and what that did to the answers.
 
     drift(base, tuned) -> DriftReport        norms, sparsity, energy of the change, no model needed
     divergence(base, tuned, prompts) -> ...  KL in both directions, on prompts of any task
@@ -69,6 +69,6 @@ EQUAL_NORM, changes brought to one length:
                    "seed": int or null, "kl": [KL, ...], "scores": [SCORE, ...]}, ...]}
 "samples": {"temperature": 1.0, "max_new_tokens": int, "seed": int, "samples_per_prompt": int,
             "dtype": str}
-'''
+"""
 
 from __future__ import annotations
