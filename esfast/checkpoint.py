@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
-from esfast.errors import ConfigError, EsfastError
+from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.parameters import Segment
 from esfast.resources import require_disk
 from esfast.whole_file import sync
 
+INDEX = "model.safetensors.index.json"
 # What save_model adds to a model's folder: where the weights come from.
 ORIGIN = "esfast.json"
 # Tokenizer and configuration; SmolLM2's take 3.5 MB.
@@ -43,6 +46,80 @@ class LoadedModel:
 def is_model_folder(folder: Path) -> bool:
     """Whether `folder` looks like a saved model: a configuration and safetensors weights."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that hold the model of `folder`: the index's, else model.safetensors,
+    else all there are. DataError for an index that cannot be read."""
+    where = Path(folder)
+    if (where / INDEX).is_file():
+        try:
+            index = json.loads((where / INDEX).read_text(encoding="utf-8"))
+            names = {Path(name).name for name in index["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{where / INDEX} has no readable weight_map ({error}).") from error
+        return [where / name for name in sorted(names)]
+    single = where / "model.safetensors"
+    return [single] if single.is_file() else sorted(where.glob("*.safetensors"))
+
+
+def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of a model's folder, from the files' headers.
+
+    Raises DataError for a file that is missing or not whole.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def stored_slices(
+    folder: str | Path, segments: Iterable[Segment]
+) -> Iterator[tuple[Segment, torch.Tensor]]:
+    """Every segment with the stored elements of its box, in the file's dtype; read one by one.
+
+    Raises DataError for a segment whose tensor is not stored, or in another shape.
+    """
+    wanted: dict[str, list[Segment]] = {}
+    for segment in segments:
+        wanted.setdefault(segment.name, []).append(segment)
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for name in sorted(wanted.keys() & set(file.keys())):
+                for segment in wanted.pop(name):
+                    yield segment, _box(file, segment, path)
+    if wanted:
+        raise DataError(
+            f"{folder} stores no tensor '{min(wanted)}' ({len(wanted)} of the table's are not "
+            "there); name the checkpoint that the model was loaded from."
+        )
+
+
+def _box(file: Any, segment: Segment, path: Path) -> torch.Tensor:
+    shape = tuple(file.get_slice(segment.name).get_shape())
+    if shape != tuple(segment.shape):
+        raise DataError(
+            f"'{segment.name}' in {path} has shape {shape}; the model's has "
+            f"{tuple(segment.shape)}. Name the checkpoint that the model was loaded from."
+        )
+    if not shape:
+        return file.get_tensor(segment.name)
+    box = zip(segment.origin, segment.tensor.shape, strict=True)
+    return file.get_slice(segment.name)[tuple(slice(a, a + n) for a, n in box)]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} is no whole safetensors file: {_first_line(error)}. Save or fetch the model "
+            "again."
+        ) from None
 
 
 def save_model(
