@@ -18,7 +18,7 @@ from esfast.launch.workers import Alone, Workers
 from esfast.measure import GENERATION as GENERATING
 from esfast.measure import PERTURB, RECORDS, SCORING, UPDATE, Clock
 from esfast.strategy import StrategyConfig
-from esfast.tasks.base import Example, Score, Task
+from esfast.tasks.base import Example, Pending, Score, Task
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,20 @@ class Earned:
     tokens: int
 
 
+def row_of(scores: list[Score], tokens: int, grouped: bool) -> np.ndarray:
+    """What a member earned: failed scores, tokens, its reward (or one a prompt, `grouped`)."""
+    values = np.array([score.value for score in scores], dtype=np.float64)
+    failed = sum(score.failed for score in scores)
+    return np.array([failed, tokens, *(values if grouped else [values.mean()])], dtype=np.float64)
+
+
+def earned_of(rows: np.ndarray, grouped: bool) -> Earned:
+    """What the population earned, from every member's `row_of`."""
+    rewards = rows[:, 2:] if grouped else rows[:, 2]
+    failed, tokens = (int(n) for n in rows[:, :2].sum(axis=0))
+    return Earned(np.ascontiguousarray(rewards), failed, tokens)
+
+
 class Rollout:
     """Generates and scores under the weights as they are; `workers` may be set before the run."""
 
@@ -78,12 +92,21 @@ class Rollout:
         self, batch: list[Example], sampling: Sampling
     ) -> tuple[list[Score], list[str], int]:
         """Scores, texts and tokens, one of each a prompt but the last."""
+        wait, texts, tokens = self._in_flight(batch, sampling)
+        scores = wait()
+        self.clock.lap(SCORING)
+        return scores, texts, tokens
+
+    def _in_flight(
+        self, batch: list[Example], sampling: Sampling
+    ) -> tuple[Pending, list[str], int]:
+        """The scores on their way, texts and tokens."""
         completions = self.engine.generate([example.prompt for example in batch], sampling)
         self.clock.lap(GENERATING)
         texts = [completion.text for completion in completions]
-        scores = self.task.score_all(batch, texts)
+        pending = self.task.score_later(batch, texts)
         self.clock.lap(SCORING)
-        return scores, texts, sum(completion.tokens for completion in completions)
+        return pending, texts, sum(completion.tokens for completion in completions)
 
     def batch(self, generation: int) -> list[Example]:
         """The generation's prompts."""
@@ -99,29 +122,30 @@ class Rollout:
     ) -> Earned:
         """Evaluates the members that fall to this worker, and gathers what all of them earned.
 
-        after: called with the number of each member that was evaluated here.
+        Scoring goes on while the next members generate; what is counted as scoring is the wait for
+        it. after: called with the number of each member that has generated here.
         """
         generation, size = es.generation, self.config.strategy.population_size
         batch, sampling = self.batch(generation), self.sampling(generation)
         grouped = self.config.strategy.shaping == "group_centered"
-        rows = np.zeros((size, 2 + (len(batch) if grouped else 1)))  # failed, tokens, rewards
+        rows = np.zeros((size, 2 + (len(batch) if grouped else 1)))
+        pending: dict[int, tuple[Pending, int]] = {}
         order = {member: number for number, member in enumerate(es.strategy.members(generation))}
         self.clock.lap(RECORDS)
         for member in es.population(self.workers.deal(generation, size)):
             self.engine.weights_changed()
             self.clock.lap(PERTURB)
-            scores, _, tokens = self.answers(batch, sampling)
-            values = np.array([score.value for score in scores], dtype=np.float64)
-            row = rows[order[member]]
-            row[:2] = sum(score.failed for score in scores), tokens
-            row[2:] = values if grouped else values.mean()
+            scores, _, tokens = self._in_flight(batch, sampling)
+            pending[order[member]] = scores, tokens
             after(order[member])
             self.clock.lap(RECORDS)
+        self.clock.lap(PERTURB)
+        for number, (wait, tokens) in pending.items():
+            rows[number] = row_of(wait(), tokens, grouped)
+        self.clock.lap(SCORING)
         rows = self.workers.gather(rows)
         self.clock.lap(PERTURB)
-        rewards = rows[:, 2:] if grouped else rows[:, 2]
-        failed, tokens = (int(n) for n in rows[:, :2].sum(axis=0))
-        return Earned(np.ascontiguousarray(rewards), failed, tokens)
+        return earned_of(rows, grouped)
 
     def update(self, es: EvolutionStrategy, record: GenerationRecord | None) -> int:
         """Applies the leader's record at every worker; returns how many weights saturated.

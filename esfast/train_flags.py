@@ -22,6 +22,7 @@ from esfast.rollout import TrainConfig
 from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
 from esfast.tasks import Task, make_task
+from esfast.tasks.reward_pool import GIB, Limits
 from esfast.weights import MEMORIES
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +56,7 @@ def add_task_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--reward", default=None, metavar="MODULE:FUNCTION", help="needs --data")
     group.add_argument("--reward-timeout", type=above_zero, default=10.0, help="s a completion")
     group.add_argument("--reward-workers", type=positive, default=1, help="processes")
+    group.add_argument("--reward-memory", type=not_negative, default=None, metavar="GIB")
     group.add_argument("--failure-reward", type=finite, default=0.0, help="where scoring fails")
 
 
@@ -142,8 +144,12 @@ def task_of(args: argparse.Namespace) -> Task:
             "reward": args.reward,
             "timeout": args.reward_timeout,
             "workers": args.reward_workers,
+            "memory": args.reward_memory,
             "failure_reward": args.failure_reward,
         }
+    elif name.startswith("reasoning_gym"):
+        memory = None if args.reward_memory is None else int(args.reward_memory * GIB)
+        options["limits"] = Limits(args.reward_timeout, args.reward_workers, memory)
     return make_task(name, **options)
 
 
@@ -180,6 +186,11 @@ def natural(text: str) -> int:
 def above_zero(text: str) -> float:
     """An argparse type: a number above 0."""
     return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    return _number(text, float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 
 
 def finite(text: str) -> float:

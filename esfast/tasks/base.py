@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from esfast.engines.base import Prompt
 from esfast.errors import DataError
@@ -49,6 +49,10 @@ class Score:
     feedback: str = ""
     solved: bool | None = None
     failed: bool = False
+
+
+Pending: TypeAlias = Callable[[], list[Score]]
+"""Waits for scores that are on their way, and returns them."""
 
 
 class Task(ABC):
@@ -86,6 +90,12 @@ class Task(ABC):
         """One score a completion, in order; never raises for what a model or a reward did."""
         pairs = zip(examples, completions, strict=True)
         return [self.safe_score(example, completion) for example, completion in pairs]
+
+    def score_later(self, examples: Sequence[Example], completions: Sequence[str]) -> Pending:
+        """As `score_all`, without the wait where scoring goes on elsewhere; may be called again
+        before the first are waited for."""
+        scores = self.score_all(examples, completions)
+        return lambda: scores
 
     def failure(self, feedback: str) -> Score:
         """The score of a completion that could not be scored."""

@@ -5,7 +5,9 @@
 The data set's own scorer decides the reward (1.0 right; many give 0.05 to what can be read and 0.01
 to the rest). It wants the bare answer, so that is extracted first: the last <answer>...</answer>,
 else what follows the last "answer is" or "Answer:", else the last line. Some scorers evaluate the
-answer as Python; such an answer has to pass `esfast.tasks.harmless` first, else it is worth 0.
+answer as Python; such an answer has to pass `esfast.tasks.harmless` first, else it is worth 0. And
+all scorers run in processes of their own, with limits of time and memory (`gym_scorer`): one that
+hangs or crashes costs its answer the failure reward, and the run goes on.
 
 Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON where JSON gives
 them back unchanged.
@@ -25,45 +27,58 @@ from typing import Any
 
 from esfast.errors import ConfigError
 from esfast.model_cache import cache_folder
-from esfast.tasks.base import Example, PoolTask, Score
+from esfast.tasks.base import Example, Score
 from esfast.tasks.draws import held_out_keys
+from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula, is_plain
+from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
 from esfast.whole_file import whole_file
 
 HELD_OUT_SHARE = 0.2
 SOLVED = 0.99
-TUPLE = "__tuple__"
+SCORER = Path(__file__).with_name("gym_scorer.py")
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _SAID = re.compile(r"(?:answer is|answer:)[ \t]*(.+)", re.IGNORECASE)
 
 
-class ReasoningGym(PoolTask):
+class ReasoningGym(PooledTask):
     """Trains on `size` problems of one data set, of which a fifth is held out."""
 
     max_new_tokens = 128
 
-    def __init__(self, dataset: str = "", size: int = 1000, problems_seed: int = 0, **options: Any):
-        """`options` go to the data set's configuration.
+    def __init__(
+        self,
+        dataset: str = "",
+        size: int = 1000,
+        problems_seed: int = 0,
+        limits: Limits | None = None,
+        **options: Any,
+    ):
+        """`options` go to the data set's configuration; `limits` are its scorer's.
 
         Raises ConfigError for an unknown data set or option, or without the package.
         """
         self.name = f"reasoning_gym:{dataset}"
-        self._dataset = _create(dataset, {**options, "size": size, "seed": problems_seed})
-        self._checks = _checks(type(self._dataset))
-        rows = _cached_rows(dataset, self._dataset, {**options, "seed": problems_seed})
+        config = {**options, "size": size, "seed": problems_seed}
+        made = _create(dataset, config)
+        self._request = {"dataset": dataset, "config": config}
+        self._checks = _checks(type(made))
+        rows = _cached_rows(dataset, made, {**options, "seed": problems_seed})
         examples = {row["question"]: Example(row["question"], row["question"], row) for row in rows}
         held = held_out_keys(examples, HELD_OUT_SHARE)
         held_out = [example for key, example in examples.items() if key in held]
         train = [example for key, example in examples.items() if key not in held]
+        self.pool = RewardPool(f"{SCORER}:score", limits or Limits())
         super().__init__(train, held_out)
 
     def score(self, example: Example, completion: str) -> Score:
-        """What the data set's scorer gives to the extracted answer."""
+        """What the data set's scorer gives to the extracted answer. Raises RewardFailure."""
         answer = extract_answer(completion)
         if answer != example.data["answer"] and not all(check(answer) for check in self._checks):
             return Score(0.0, "The answer is not in a plain form that can be scored.", solved=False)
-        value = float(self._dataset.score_answer(answer, dict(example.data)))
+        request = {**self._request, "row": to_json(dict(example.data))}
+        value = self.pool.call(request, answer).value
         solved = value >= SOLVED
         known = example.data["answer"]
         wrong = "Not right." if known is None else f"Not right; a right answer is {known}"
@@ -127,38 +142,17 @@ def _cached_rows(name: str, dataset: Any, config: dict[str, Any]) -> list[dict[s
         / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     )
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
     rows = [dataset[index] for index in range(len(dataset))]
     try:
-        text = json.dumps(_to_json(rows))
-        if _same(_from_json(json.loads(text)), rows):
+        text = json.dumps(to_json(rows))
+        if _same(from_json(json.loads(text)), rows):
             _write(path, text)
     except (TypeError, ValueError, OSError):
         pass  # made again next time
     return rows
-
-
-def _to_json(value: Any) -> Any:
-    """The value with its tuples marked, which JSON would turn into lists."""
-    if isinstance(value, tuple):
-        return {TUPLE: [_to_json(item) for item in value]}
-    if isinstance(value, list):
-        return [_to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    if isinstance(value, dict):
-        if value.keys() == {TUPLE}:
-            return tuple(_from_json(item) for item in value[TUPLE])
-        return {key: _from_json(item) for key, item in value.items()}
-    return value
 
 
 def _same(read: Any, written: Any) -> bool:

@@ -1,10 +1,12 @@
-"""The process that a user's reward function runs in: a script of its own, standard library only.
+"""The process that a scoring function runs in: a script of its own, standard library only.
 
-    python reward_process.py module:function
+    python reward_process.py module:function SECONDS BYTES
 
-Requests and replies are JSON objects, one a line, on standard input and output; what the function
-prints goes to standard error. First line out: {"ready": true} or {"error": ...}. Then for each
-{"example": {...}, "completion": "..."}: {"value": 0.5, "feedback": "..."} or {"error": ...}.
+Requests and replies are JSON objects, one a line, on what were standard input and output when it
+started; the function finds an empty standard input, and what it prints goes to standard error.
+First line out: {"ready": true} or {"error": ...}. Then for each
+{"id": 1, "example": {...}, "completion": "..."}: {"id": 1, "value": 0.5, "feedback": "..."} or
+{"id": 1, "error": ...}; with "spent": true the process has ended itself.
 
 Being a process, it can be killed when the function hangs, and its crash is not the run's. It is
 started by path, so that it loads no torch: 10 MB and 30 ms rather than 200 MB and seconds.
@@ -17,10 +19,15 @@ import importlib.util
 import json
 import math
 import os
+import resource
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+ORPHAN_SECONDS = 2.0  # after the time limit; by then whoever started the process has ended it
 
 
 def load(target: str) -> Callable[[dict, str], Any]:
@@ -59,36 +66,80 @@ def reply_to(result: Any) -> dict[str, Any]:
     if not math.isfinite(number):
         shown = repr(result)[:200]
         return {"error": f"the reward function returned {shown}; expected a finite number"}
-    return {"value": number, "feedback": str(feedback)}
+    return {"value": number, "feedback": str(feedback)[:500]}
 
 
 def answer(function: Callable[[dict, str], Any], request: dict[str, Any]) -> dict[str, Any]:
     """Calls the function; an exception becomes an error reply."""
     try:
         return reply_to(function(request["example"], request["completion"]))
+    except MemoryError:
+        pass  # what its frames hold is free once this block is left
     except BaseException as error:
         return {"error": f"the reward function raised {type(error).__name__}: {error}"[:500]}
+    limit = lift_memory_limit()
+    return {"error": f"the reward function ran out of memory ({limit})", "spent": True}
 
 
-def main() -> None:
-    """Serves requests until standard input ends."""
-    sys.path[0] = str(Path.cwd())  # not the folder of this file, which would shadow modules
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def limit_memory(size: int) -> None:
+    """At most `size` bytes of private writable memory, 0 for no limit; and should the machine's
+    memory end, this process is the first to go (man 5 proc, oom_score_adj)."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("900")
+    if size:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_DATA, (size, _hard()))
+
+
+def lift_memory_limit() -> str:
+    """Gives the last words room; returns what the limit was, in words."""
+    size, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_hard(), _hard()))
+    if size == resource.RLIM_INFINITY:
+        return "it has no limit of its own"
+    return f"its limit is {size / 1e9:.3g} GB, --reward-memory"
+
+
+def _hard() -> int:
+    return resource.getrlimit(resource.RLIMIT_DATA)[1]
+
+
+def own_streams() -> tuple[IO[bytes], IO[str]]:
+    """The requests and the replies, out of reach of `input` and `print`."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
     os.dup2(2, 1)
+    return requests, replies
+
+
+def main(target: str, seconds: float, size: int) -> None:
+    """Serves requests until they end, or until a call has taken all memory."""
+    sys.path[0] = str(Path.cwd())  # not the folder of this file, which would shadow modules
+    requests, replies = own_streams()
 
     def send(reply: dict[str, Any]) -> None:
-        out.write(json.dumps(reply) + "\n")
-        out.flush()
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
 
+    limit_memory(size)
     try:
-        function = load(sys.argv[1])
+        function = load(target)
     except BaseException as error:
+        lift_memory_limit()
         send({"error": f"{type(error).__name__}: {error}"[:500]})
         return
     send({"ready": True})
-    for line in sys.stdin.buffer:
-        send(answer(function, json.loads(line)))
+    for line in requests:
+        request = json.loads(line)
+        # Where the run was killed nobody else ends a call that hangs: SIGALRM does.
+        signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN_SECONDS)
+        reply = answer(function, request)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        send({"id": request["id"], **reply})
+        if reply.get("spent"):
+            os._exit(0)  # whatever the function keeps goes with it
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

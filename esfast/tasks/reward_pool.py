@@ -1,0 +1,235 @@
+"""Somebody's scoring function in processes of its own: several completions at a time, each with a
+time limit and a memory limit.
+
+A function that raises, hangs, eats memory, crashes or answers what is no answer costs the
+completion that it was given, and nothing else: its process is ended with all that it started, and
+the next completion finds a new one. Which process scores what depends on who is idle; a score
+belongs to its completion by the number of its request, so the order of completion does not show.
+
+The memory limit is RLIMIT_DATA (man 2 setrlimit): private writable memory of each process, on
+Linux. Shared mappings, and limits elsewhere, are not promised; nor is this a sandbox: the function
+may do what its user may.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from esfast.errors import ConfigError
+from esfast.resources import available_memory, readable
+from esfast.tasks.base import Example, Pending, PoolTask, Score
+
+GIB = 1 << 30
+START_SECONDS = 120.0
+"""How long importing the user's module may take; a heavy library needs tens of seconds."""
+LONGEST_REPLY = 1 << 16  # bytes; a reply has a number and a feedback, and is cut at 500 characters
+
+_SCRIPT = Path(__file__).with_name("reward_process.py")
+
+
+class RewardFailure(Exception):
+    """One completion could not be scored; the message says why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """timeout: seconds a completion; workers: processes side by side; memory: bytes of each, None
+    for a share of what is available now, 0 for no limit. Raises ConfigError."""
+
+    timeout: float = 10.0
+    workers: int = 1
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0 or self.workers < 1 or (self.memory or 0) < 0:
+            raise ConfigError(
+                f"reward timeout {self.timeout} s, {self.workers} workers and {self.memory} bytes; "
+                "expected more than 0 s, at least 1 worker, and 0 bytes (no limit) or more."
+            )
+
+    def bytes_each(self) -> int:
+        """Of one process: without a limit given, all together take a quarter of what is available,
+        and each at least 1 GiB."""
+        if self.memory is not None:
+            return self.memory
+        room = available_memory()
+        return 4 * GIB if room is None else max(room // 4 // self.workers, GIB)
+
+
+class RewardProcess:
+    """One process that runs the function, started at the first call; a new one after an end."""
+
+    def __init__(self, target: str, timeout: float, memory: int) -> None:
+        """target: as `reward_process` takes it; seconds a call; bytes, 0 for no limit."""
+        self._arguments = [target, repr(timeout), str(memory)]
+        self._timeout = timeout
+        self._memory = memory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._asked = 0
+
+    def start(self) -> None:
+        """Starts the process where none runs. Raises RewardFailure for a function that cannot be
+        loaded."""
+        if self._process is not None:
+            return
+        if self._closed:
+            raise RewardFailure("the run is over")
+        self._process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT), *self._arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the run's business; and one kill takes all of it
+        )
+        self._replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        reader = threading.Thread(
+            target=_forward, args=(self._process.stdout, self._replies), daemon=True
+        )
+        reader.start()
+        ready = self._reply(START_SECONDS)
+        if "error" in ready:
+            self._end()
+            raise RewardFailure(str(ready["error"]))
+
+    def call(self, row: Mapping[str, Any], completion: str) -> Score:
+        """The score of one completion. Raises RewardFailure."""
+        self.start()
+        process = self._process
+        self._asked += 1
+        request = {"id": self._asked, "example": row, "completion": completion}
+        with suppress(OSError, AttributeError, ValueError):  # a dead process ends its replies
+            assert process is not None and process.stdin is not None
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        reply = self._reply(self._timeout)
+        if reply.get("id") != self._asked:
+            raise self._ended(f"the reward process wrote {json.dumps(reply)[:200]}, no reply")
+        if reply.get("spent"):
+            self._end()
+        if "error" in reply:
+            raise RewardFailure(str(reply["error"]))
+        return Score(float(reply["value"]), str(reply["feedback"]))
+
+    def close(self) -> None:
+        """Kills the process and whatever it started, for good; a call in flight fails."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+    def _ended(self, why: str) -> RewardFailure:
+        self._end()
+        return RewardFailure(why)
+
+    def _reply(self, seconds: float) -> dict[str, Any]:
+        try:
+            line = self._replies.get(timeout=seconds)
+        except queue.Empty:
+            raise self._ended(f"no answer within {seconds:g} s; the process was ended") from None
+        if line is None:
+            raise self._ended(f"the reward process ended {self._how()}")
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise self._ended(f"the reward process wrote {line[:100]!r}, which is no reply")
+        return reply
+
+    def _how(self) -> str:
+        code = self._process.wait() if self._process is not None else None
+        if code is None or code >= 0:
+            return f"with code {code}"
+        limit = f" (its limit is {readable(self._memory)}, --reward-memory)" if self._memory else ""
+        return f"by {signal.Signals(-code).name}; with its memory at an end?{limit}"
+
+
+def _forward(stream: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:
+    with suppress(OSError, ValueError):
+        while line := stream.readline(LONGEST_REPLY):
+            replies.put(line)
+    replies.put(None)
+
+
+class RewardPool:
+    """Processes that score side by side; threads that wait for them."""
+
+    def __init__(self, target: str, limits: Limits) -> None:
+        """Starts nothing; see `require_loads`."""
+        self.target = target
+        memory = limits.bytes_each()
+        self._processes = [
+            RewardProcess(target, limits.timeout, memory) for _ in range(limits.workers)
+        ]
+        self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self.threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="esfast-reward")
+
+    def require_loads(self) -> None:
+        """Starts a process now. Raises ConfigError where the function cannot be loaded."""
+        try:
+            self._processes[0].start()
+        except RewardFailure as failure:
+            self.close()
+            raise ConfigError(
+                f"cannot load the reward function {self.target!r}: {failure}. Expected "
+                "module:function (importable from the current folder) or path/to/file.py:function."
+            ) from None
+
+    def call(self, row: Mapping[str, Any], completion: str) -> Score:
+        """The score of one completion, once a process is idle. Raises RewardFailure."""
+        process = self._idle.get()
+        try:
+            return process.call(row, completion)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """Ends every process; what was not scored yet fails."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.close()
+
+
+class PooledTask(PoolTask):
+    """A task over a fixed list of examples whose `score` calls its pool of processes."""
+
+    pool: RewardPool
+
+    def score_later(self, examples: Sequence[Example], completions: Sequence[str]) -> Pending:
+        """Queued for the pool; as many at a time as it has processes."""
+        pairs = zip(examples, completions, strict=True)
+        submit = self.pool.threads.submit
+        futures = [submit(self.safe_score, example, text) for example, text in pairs]
+        return lambda: [future.result() for future in futures]
+
+    def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Score]:
+        """`score_later`, waited for."""
+        return self.score_later(examples, completions)()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.pool.close()
