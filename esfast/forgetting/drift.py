@@ -155,10 +155,10 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: str | Path) -> None:
         """A file, or a Hugging Face folder (sharded or not). DataError for a damaged one."""
         self.path = Path(path)
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in safetensors_files(self.path):
             try:
-                opened = safe_open(file, framework="pt")
+                opened: Any = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise DataError(
                     f"'{file}' cannot be read as safetensors ({error}); save or copy it again."
