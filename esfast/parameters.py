@@ -21,6 +21,7 @@ from esfast import _core
 from esfast.errors import ParameterError, StateError
 from esfast.journal_format import TensorSpec
 from esfast.members import tensor_id
+from esfast.stored_names import require_live, stored_tensors
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -279,7 +280,7 @@ class ParameterTable:
         _check_names(self.segments)
         _check_canonical_overlap(self.segments)
         _check_memory_overlap(self.segments)
-        self._owners = [segment.tensor.detach() for segment in self.segments]
+        self._owners = [(s.name, s.tensor, s.tensor.detach()) for s in self.segments]
         numbered = enumerate(self.segments)
         self.pieces = tuple(piece for i, s in numbered for piece in _pieces(i, s))
 
@@ -297,18 +298,26 @@ class ParameterTable:
     ) -> ParameterTable:
         """A module's parameters (tied ones once), filtered by shell patterns on their names.
 
-        include=["*.mlp.*"] keeps only what matches; exclude=["*.embed_tokens.*"] drops.
+        Names and shapes are the checkpoint's (`esfast.stored_names`): the experts that transformers
+        holds in one tensor are many here. include=["*.mlp.*"] keeps only what matches;
+        exclude=["*.embed_tokens.*"] drops.
         """
-        chosen = {n: p for n, p in module.named_parameters() if _selected(n, include, exclude)}
-        return cls.from_tensors(chosen)
+        stored = stored_tensors(module).items()
+        table = cls.from_tensors(
+            require_live({n: t for n, t in stored if _selected(n, include, exclude)})
+        )
+        edited = {owner.untyped_storage().data_ptr() for _, _, owner in table._owners}
+        for name, parameter in module.named_parameters():
+            if parameter.untyped_storage().data_ptr() in edited:
+                table._owners.append((name, parameter, parameter.detach()))
+        return table
 
     def check_in_place(self) -> None:
         """StateError where a tensor has another storage, dtype or layout than when it was taken."""
-        for segment, owner in zip(self.segments, self._owners, strict=True):
-            now = segment.tensor
+        for name, now, owner in self._owners:
             if now.data_ptr() != owner.data_ptr() or now.dtype != owner.dtype:
                 raise StateError(
-                    f"'{segment.name}' was moved or cast after its table was made, so that an edit "
+                    f"'{name}' was moved or cast after its table was made, so that an edit "
                     "would not reach the model. Make the table (and what was built on it) after "
                     "model.to(...)."
                 )

@@ -10,8 +10,10 @@ Gaussian update (population 30, one core) memory takes 0.06: there is nothing to
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from esfast.journal_format import (
 )
 from esfast.parameters import ParameterTable
 from esfast.snapshots import load_snapshot
+from esfast.stored_names import require_live, stored_tensors
 from esfast.weights import Weights
 
 
@@ -57,16 +60,25 @@ def header_of(
     )
 
 
+def usual_dtype(header: JournalHeader) -> torch.dtype:
+    """Of most of the weights; a tensor that the model keeps in another is kept in it again."""
+    counts: Counter[str] = Counter()
+    for tensor in header.tensors:
+        counts[tensor.dtype] += prod(tensor.shape)
+    return getattr(torch, counts.most_common(1)[0][0]) if counts else torch.bfloat16
+
+
 def table_for(header: JournalHeader, module: torch.nn.Module) -> ParameterTable:
     """The tensors of a model that a journal edits. DataError where they are not the journal's."""
-    parameters = dict(module.named_parameters())
+    parameters = stored_tensors(module)
     missing = [t.name for t in header.tensors if t.name not in parameters]
     if missing:
         raise DataError(
             f"the base model has no tensor '{missing[0]}' ({len(missing)} of the journal's "
             f"{len(header.tensors)} are not there); give the model that the run started from."
         )
-    table = ParameterTable.from_tensors({t.name: parameters[t.name] for t in header.tensors})
+    edited = {t.name: parameters[t.name] for t in header.tensors}
+    table = ParameterTable.from_tensors(require_live(edited))
     _require_tensors(header, table.specs)
     return table
 
