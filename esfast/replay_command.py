@@ -10,12 +10,10 @@ The base has to be the run's to the bit, in the dtype that it was trained in (bo
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,7 +24,7 @@ from esfast.journal import Journal, export_journal, read_journal
 from esfast.journal_format import JournalHeader
 from esfast.models import load_model
 from esfast.provenance import provenance
-from esfast.replay import replay, strategy_of
+from esfast.replay import replay, strategy_of, usual_dtype
 from esfast.run_folder import require_free
 from esfast.weights import MEMORIES
 
@@ -70,7 +68,7 @@ def run_replay(args: argparse.Namespace) -> int:
     require_free(Path(args.output))  # replacing a model could replace the base itself
     if journal.torn is not None:
         _say(console, journal.torn)
-    loaded = load_model(args.base, dtype=_dtype(journal.header))
+    loaded = load_model(args.base, dtype=usual_dtype(journal.header))
     es = strategy_of(journal, loaded.model, loaded.folder, args.memory, args.threads)
     compared = _with_bar(console, es, journal, until, args.verify)
     checksum = es.weights.checksum()
@@ -95,14 +93,6 @@ def run_export(args: argparse.Namespace) -> int:
         "base's checksum; esfast apply needs both files.",
     )
     return 0
-
-
-def _dtype(header: JournalHeader) -> torch.dtype:
-    """Of most of the weights; a tensor that the model keeps in another is kept in it again."""
-    counts: Counter[str] = Counter()
-    for tensor in header.tensors:
-        counts[tensor.dtype] += prod(tensor.shape)
-    return getattr(torch, counts.most_common(1)[0][0]) if counts else torch.bfloat16
 
 
 def _weights_bytes(header: JournalHeader) -> int:

@@ -1,7 +1,10 @@
 """KL between a base and a tuned model on the answers that one of them gives.
 
-    KL(base || tuned) = E_{y ~ base}  sum_t sum_v p(v | x, y_<t) log(p(v | x, y_<t) / q(v | x, y_<t))
-    KL(tuned || base) = the same with the parts exchanged, y ~ tuned          p of the sampling model
+    KL(base || tuned) = E_{y ~ base} sum_t sum_v p_t(v) log(p_t(v) / q_t(v))
+    KL(tuned || base) = the same with the parts exchanged, y ~ tuned
+
+p_t is what the model that answers says of token t, q_t what the other says of it, both after the
+prompt and y_<t.
 
 Answers are sampled at temperature 1 from the whole vocabulary and end at an end token or after
 `max_new_tokens` (what would have followed is not counted). Two estimators of each:

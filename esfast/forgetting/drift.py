@@ -137,7 +137,7 @@ def drift(
 def tensors_of(model: Tensors | torch.nn.Module | ParameterTable) -> Tensors:
     """Whole canonical tensors by name, not copied; a module's parameters, tied ones once."""
     if isinstance(model, torch.nn.Module):
-        return dict(model.named_parameters())
+        model = ParameterTable.from_module(model)
     if not isinstance(model, ParameterTable):
         return model
     for segment in model.segments:
