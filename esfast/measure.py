@@ -24,6 +24,7 @@ UPDATE = "update"
 RECORDS = "records"
 SETUP = "setup"
 FINISH = "finish"
+PRIOR_TASKS = "prior tasks"
 
 INSIDE = (GENERATION, SCORING)
 LOOP = (GENERATION, SCORING, PERTURB, UPDATE, RECORDS)

@@ -1,4 +1,4 @@
-"""The plots of a run, drawn from its folder alone: rewards, held-out scores, where the time went.
+"""The plots of a run, from its folder alone: rewards, held-out scores, prior tasks, time spent.
 
 Every picture says at its foot how it was made, and again in the PNG's metadata.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError
+from esfast.prior.evaluation import PRIOR
 from esfast.provenance import one_line
 from esfast.run_folder import METRICS, PLOTS, SUMMARY, read_config, read_json, read_lines
 from esfast.whole_file import whole_file
@@ -43,7 +45,48 @@ def draw_run(folder: Path) -> list[Path]:
     drawn = [(folder / PLOTS / f"{name}.png", draw) for name, draw, there in pictures if there]
     for path, draw in drawn:
         picture(path, [draw], made)
-    return [path for path, _ in drawn]
+    paths = [path for path, _ in drawn]
+    panels = prior_panels(folder)
+    if panels:
+        paths.append(folder / PLOTS / "prior.png")
+        picture(paths[-1], panels, made)
+    return paths
+
+
+def prior_panels(folder: Path) -> list[Callable[[Any], None]]:
+    """A panel a prior task of the run in `folder`; none where it has none."""
+    if not (folder / PRIOR).exists():
+        return []
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for record in read_lines(folder / PRIOR):
+        tasks.setdefault(record["task"], []).append(record)
+    return [partial(draw_prior, records=records) for records in tasks.values()]
+
+
+def draw_prior(axes: Any, records: list[dict[str, Any]]) -> None:
+    """One prior task's curve of greedy and of sampled scores, with bands of 95 %, the level before
+    and the worst."""
+    ordered = sorted(records, key=lambda record: record["generation"])
+    for kind, colour in (("greedy", INK), ("sampled", MARK)):
+        points = [(r["generation"], r[kind]) for r in ordered if r[kind]]
+        if points:
+            at, parts = [g for g, _ in points], [part for _, part in points]
+            values = [part["score"] for part in parts]
+            low, high = zip(*(part["score_95"] for part in parts), strict=True)
+            count = parts[0]["samples"]
+            name = kind if kind == "greedy" else f"{count} sampled a prompt"
+            axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(at, values, color=colour, label=name, marker="o", markersize=3)
+            axes.axhline(values[0], color=colour, linewidth=0.7, linestyle=":")
+            pick = min if ordered[0]["higher_is_better"] else max
+            worst = values.index(pick(values))
+            axes.plot(at[worst], values[worst], "o", color=colour, markersize=9, fillstyle="none")
+    axes.set(
+        title=f"{ordered[0]['task']}, {ordered[0]['prompts']} prompts",
+        xlabel="generation",
+        ylabel=ordered[0]["metric"],
+    )
+    axes.legend(frameon=False, loc="best")
 
 
 def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from esfast.held_out import HeldOut
 from esfast.measure import FINISH, LOOP, SETUP
+from esfast.prior.scores import KINDS
 from esfast.train import SAMPLES_SHOWN, TrainResult
 
 LONGEST_SHOWN = 200
@@ -15,7 +18,8 @@ LONGEST_SHOWN = 200
 
 def print_result(console: Console, result: TrainResult, folder: Path) -> None:
     """Held-out score before and after, four answers before and after, time, memory, the folder."""
-    lines = [*_held_out_lines(result), "", *_sample_lines(result), *_cost_lines(result)]
+    lines = [*_held_out_lines(result), "", *_sample_lines(result)]
+    lines += [*prior_lines(result.prior.summary()), *_cost_lines(result)]
     lines.append(f"run folder: {folder}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -55,6 +59,28 @@ def _sample_lines(result: TrainResult) -> list[str]:
             f"  after   {_shown(result.after.completions[index])}",
         ]
     return [*lines, ""]
+
+
+def prior_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A block a prior task: where it began, its worst, where it ended; greedy and sampled."""
+    if not outcomes:
+        return []
+    lines = ["prior tasks     95 % intervals; recovery is final - worst"]
+    for task in outcomes:
+        lines.append(f"  {task['task']}  ({task['metric']}, {task['prompts']} prompts)")
+        lines += [_outcome_line(kind, task[kind]) for kind in KINDS if task[kind]]
+    return [*lines, ""]
+
+
+def _outcome_line(kind: str, part: Mapping[str, Any]) -> str:
+    (low, high), change = part["before_95"], part["change_95"]
+    spread = f" [{change[0]:+.3f}, {change[1]:+.3f}]" if change else ""
+    return (
+        f"    {kind:8}  before {part['before']:.3f} [{low:.3f}, {high:.3f}]  "
+        f"worst {part['worst']:.3f} at generation {part['worst_generation']}  "
+        f"final {part['final']:.3f}  change {part['change']:+.3f}{spread}  "
+        f"recovery {part['recovery']:+.3f}"
+    )
 
 
 def _cost_lines(result: TrainResult) -> list[str]:

@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
     (
         *("generations", "eval_every", "eval_size", "snapshot_every", "plots", "log_to"),
         *("threads", "reward_workers", "model", "data", "eval_data"),
+        *("prior_tasks", "prior_every", "prior_path"),
     )
 )
 Adder = Callable[[argparse.ArgumentParser], None]

@@ -3,7 +3,8 @@
 A generation: every member answers the same prompts; its reward is the mean score; the strategy
 turns rewards into coefficients, which go to the run's journal before the weights move; one update.
 The held-out prompts are answered at the start, every `eval_every` generations and at the end,
-greedily and by the model itself, no member.
+greedily and by the model itself, no member. So are the prior tasks (`esfast.prior`), on their own
+account of time.
 
 What stops a run (Ctrl-C, an engine or a disk that fails) leaves the weights those of the last whole
 generation, and the folder with all that was measured until then. A run whose folder has a journal
@@ -29,12 +30,15 @@ from esfast.measure import (
     FINISH,
     GENERATION,
     LOOP,
+    PRIOR_TASKS,
     RECORDS,
     SETUP,
     Clock,
     peak_bytes,
     reset_peak,
 )
+from esfast.prior import PriorSettings, PriorTasks
+from esfast.prior.evaluation import PRIOR
 from esfast.progress import GenerationReport, RunProgress
 from esfast.replay import catch_up, header_of, require_settings
 from esfast.resources import readable
@@ -73,6 +77,7 @@ class TrainResult:
     memory: Memory
     clock: Clock
     failed_rewards: int
+    prior: PriorTasks
 
     @property
     def rise(self) -> tuple[float, float] | None:
@@ -92,6 +97,7 @@ class TrainResult:
             "rise": difference,
             "rise_in_standard_errors": errors,
             "failed_rewards": self.failed_rewards,
+            "prior": self.prior.summary(),
             "seconds": dict(self.clock.seconds),
             "outside_share_of_loop": self.clock.outside_share(),
             "outside_share_of_run": self.clock.outside_share((*LOOP, SETUP, FINISH)),
@@ -134,6 +140,7 @@ class Trainer:
         self._inference_peak: int | None = None
         self._failed_rewards = 0
         self._caught_up = False
+        self.prior = PriorTasks((), PriorSettings())
         self.es: EvolutionStrategy | None = None
 
     def run(self) -> TrainResult:
@@ -161,6 +168,9 @@ class Trainer:
         self.progress.note(
             f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
         )
+        writer = self.folder.journal
+        self.prior.keep_in(self.folder.path / PRIOR, 0 if writer is None else writer.generation)
+        self._evaluate_prior(0)
         warm_up = [example.prompt for example in self.rollout.batch(0)]
         self.engine.generate(warm_up, self.rollout.sampling(0))
         self._inference_peak = peak_bytes() if can_measure else None
@@ -207,6 +217,7 @@ class Trainer:
 
     def _loop(self) -> None:
         assert self.es is not None
+        self._evaluate_prior(self.es.generation)
         if self.es.generation >= self.config.generations:
             self._after = self._evaluate(self.es.generation)
         while self.es.generation < self.config.generations:
@@ -216,6 +227,7 @@ class Trainer:
             due = done == self.config.generations or done % self.config.eval_every == 0
             held_out = self._evaluate(done) if due else None
             self._after = held_out or self._after
+            self._evaluate_prior(done)
             self._record(report, held_out)
         self.rollout.workers.compare(self.es.weights.checksum(), self.es.generation)
 
@@ -260,6 +272,16 @@ class Trainer:
         self.progress.doing("held-out prompts")
         scores, texts, _ = self.rollout.answers(list(self._held_out), self._greedy)
         return HeldOut(generation, tuple(scores), tuple(texts))
+
+    def _evaluate_prior(self, generation: int) -> None:
+        """Where it is due and not known already, as from before the run was stopped."""
+        if self.prior.due(generation, self.config.generations):
+            self.clock.lap(RECORDS)
+            self.progress.doing("prior tasks")
+            scores = self.prior.evaluate(self.engine, generation)
+            shown = ", ".join(f"{score.task} {score.greedy.score:.3f}" for score in scores)
+            self.progress.note(f"prior tasks at generation {generation}: {shown}")
+            self.clock.lap(PRIOR_TASKS)
 
     def _record(self, report: GenerationReport, held_out: HeldOut | None) -> None:
         line: dict[str, Any] = {"generation": report.generation, **report.numbers()}
@@ -322,6 +344,7 @@ class Trainer:
             memory=Memory(self._inference_peak, peak),
             clock=self.clock,
             failed_rewards=self._failed_rewards,
+            prior=self.prior,
         )
         self.folder.write(SUMMARY, result.record())
         return result

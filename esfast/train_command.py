@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from esfast.launch.workers import Workers
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.models import load_model
+from esfast.prior import PriorTasks
 from esfast.provenance import provenance
 from esfast.replay import catch_up
 from esfast.report import print_result
@@ -28,7 +30,7 @@ from esfast.run_folder import RunFolder, require_free
 from esfast.snapshots import SNAPSHOTS
 from esfast.tasks import Task
 from esfast.train import Trainer
-from esfast.train_flags import add_train_arguments, config_of, strategy_of, task_of
+from esfast.train_flags import add_train_arguments, config_of, prior_of, strategy_of, task_of
 
 if TYPE_CHECKING:
     from esfast.engines.transformers import TransformersEngine
@@ -53,7 +55,8 @@ def run_train(args: argparse.Namespace) -> int:
         config = config_of(args, strategy, task)
         if workers.rank:
             return _follow(args, config, task, workers)
-        return _train(args, config, task, past, clock, workers)
+        with closing(prior_of(args)) as prior:
+            return _train(args, config, task, prior, past, clock, workers)
     finally:
         workers.close()
         task.close()
@@ -63,12 +66,13 @@ def _train(
     args: argparse.Namespace,
     config: TrainConfig,
     task: Task,
+    prior: PriorTasks,
     past: PastRun | None,
     clock: Clock,
     workers: Workers,
 ) -> int:
     output = _output(args, task)
-    description = _description(args, config, task)
+    description = {**_description(args, config, task), "prior": prior.describe()}
     if past is None:
         require_free(output)
     else:
@@ -85,6 +89,7 @@ def _train(
         clock=clock,
     )
     trainer.rollout.workers = workers
+    trainer.prior = prior
     result = trainer.run()
     print_result(trainer.progress.console, result, output)
     if args.plots:

@@ -18,6 +18,7 @@ from esfast.errors import ConfigError
 from esfast.loggers import LOGGERS
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
+from esfast.prior import PriorSettings, PriorTask, PriorTasks, make_prior_task
 from esfast.rollout import TrainConfig
 from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
@@ -35,6 +36,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_task_flags(parser.add_argument_group("task"))
     add_strategy_flags(parser.add_argument_group("evolution strategy"))
     add_run_flags(parser.add_argument_group("run"))
+    add_prior_flags(parser.add_argument_group("prior tasks"))
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -89,6 +91,23 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
     group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
+
+
+def add_prior_flags(group: argparse._ArgumentGroup) -> None:
+    """Which tasks, how often, and how many answers."""
+    group.add_argument(
+        "--prior-tasks",
+        default=None,
+        metavar="A,B,C",
+        help="what should not be forgotten: tasks, JSONL or YAML files, names of lm-eval's",
+    )
+    group.add_argument("--prior-every", type=positive, default=5, help="generations")
+    group.add_argument("--prior-size", type=positive, default=64, help="prompts a task at most")
+    group.add_argument(
+        "--prior-samples", type=natural, default=4, help="a prompt, beside the greedy answer"
+    )
+    group.add_argument("--prior-temperature", type=above_zero, default=1.0, help="of the samples")
+    group.add_argument("--prior-path", default=None, help="folder of further lm-eval YAML tasks")
 
 
 def strategy_of(args: argparse.Namespace) -> StrategyConfig:
@@ -151,6 +170,39 @@ def task_of(args: argparse.Namespace) -> Task:
         memory = None if args.reward_memory is None else int(args.reward_memory * GIB)
         options["limits"] = Limits(args.reward_timeout, args.reward_workers, memory)
     return make_task(name, **options)
+
+
+def prior_of(args: argparse.Namespace) -> PriorTasks:
+    """The prior tasks that the flags name; none where none are named.
+
+    Raises ConfigError, DataError; EsfastError where a task's data cannot be had.
+    """
+    settings = PriorSettings(
+        every=args.prior_every,
+        size=args.prior_size,
+        samples=args.prior_samples,
+        temperature=args.prior_temperature,
+        seed=args.seed,
+    )
+    tasks: list[PriorTask] = []
+    try:
+        for name in prior_names(args.prior_tasks):
+            tasks.append(make_prior_task(name, settings, args.prior_path))
+        return PriorTasks(tasks, settings)
+    except BaseException:
+        for task in tasks:
+            task.close()
+        raise
+
+
+def prior_names(text: str | None) -> list[str]:
+    """The names in --prior-tasks. Raises ConfigError for an empty one."""
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"--prior-tasks {text!r} has an empty name; write a,b,c.")
+    return names
 
 
 def _task_option(text: str) -> tuple[str, Any]:

@@ -20,21 +20,25 @@ TASKS: dict[str, tuple[str, str]] = {
     "countdown": ("esfast.tasks.countdown", "Countdown"),
     "custom": ("esfast.tasks.custom", "Custom"),
     "gsm8k": ("esfast.tasks.gsm8k", "Gsm8k"),
+    "questions": ("esfast.tasks.questions", "Questions"),
     "reasoning_gym": ("esfast.tasks.reasoning_gym", "ReasoningGym"),
 }
 """Name -> (module, class)."""
+OF_DATA_SETS = ("questions", "reasoning_gym")
+"""Tasks that are named with one of their data sets: NAME:DATASET."""
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """The task called `name`; `reasoning_gym:DATASET` names a data set of that package.
+    """The task called `name`; `reasoning_gym:DATASET` names a data set of that package,
+    `questions:DATASET` one of the sets kept with that task.
 
     Raises ConfigError for a name or an option that is not there, and what the task raises.
     """
     kind, _, dataset = name.partition(":")
-    if kind not in TASKS or (dataset and kind != "reasoning_gym"):
-        there = ", ".join(sorted(TASKS)).replace("reasoning_gym", "reasoning_gym:DATASET")
-        raise ConfigError(f"there is no task {name!r}; there are {there}.")
-    if kind == "reasoning_gym":
+    if kind not in TASKS or (dataset and kind not in OF_DATA_SETS):
+        there = (f"{n}:DATASET" if n in OF_DATA_SETS else n for n in sorted(TASKS))
+        raise ConfigError(f"there is no task {name!r}; there are {', '.join(there)}.")
+    if kind in OF_DATA_SETS:
         options = {"dataset": dataset, **options}
     module, class_name = TASKS[kind]
     make = getattr(import_module(module), class_name)

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from esfast.engines.base import Prompt
-from esfast.errors import DataError
+from esfast.errors import DataError, StateError
 from esfast.tasks.draws import Draws, digest_int
 
 
@@ -112,10 +112,17 @@ class Task(ABC):
 class PoolTask(Task):
     """A task over a fixed list of examples: a new permutation an epoch, no prompt left out."""
 
-    def __init__(self, train: Sequence[Example], held_out: Sequence[Example]) -> None:
-        """Raises DataError where a split is empty or an example is in both."""
+    def __init__(
+        self,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        *,
+        evaluation_only: bool = False,
+    ) -> None:
+        """Raises DataError where a split is empty or an example is in both; `evaluation_only` lets
+        the training split be empty."""
         for split, examples in (("training", train), ("held-out", held_out)):
-            if not examples:
+            if not examples and not (evaluation_only and split == "training"):
                 raise DataError(
                     f"task {self.name!r} has no {split} prompts; give it more data "
                     f"({len(train)} training and {len(held_out)} held-out prompts are there)."
@@ -130,7 +137,12 @@ class PoolTask(Task):
         self._held_out = list(held_out)
 
     def train_batch(self, seed: int, generation: int, count: int) -> list[Example]:
-        """Prompts `generation * count` onwards of the endless sequence of shuffled epochs."""
+        """Prompts `generation * count` onwards of the endless sequence of shuffled epochs.
+
+        Raises StateError for a task that is for evaluation only.
+        """
+        if not self._train:
+            raise StateError(f"task {self.name!r} was made for evaluation only: train on another.")
         first = generation * count
         return [self._train[self._index(seed, place)] for place in range(first, first + count)]
 

@@ -42,8 +42,10 @@ class Custom(PooledTask):
         workers: int = 1,
         failure_reward: float = 0.0,
         memory: float | None = None,
+        evaluation_only: bool = False,
     ) -> None:
-        """Without `eval_data`, a fifth of the prompts is held out (at least one).
+        """Without `eval_data`, a fifth of the prompts is held out (at least one), and all of them
+        where the task is for `evaluation_only`.
 
         `timeout`: seconds a completion; `workers`: processes that score side by side;
         `memory`: GiB of each, 0 for no limit; `reward_pool.Limits` says what it is when not given.
@@ -53,11 +55,13 @@ class Custom(PooledTask):
             raise ConfigError("a task of your own needs both --reward module:function and --data.")
         limits = Limits(timeout, workers, None if memory is None else int(memory * GIB))
         train = _examples(Path(data))
-        if eval_data is None:
+        if evaluation_only:
+            train, held_out = [], train
+        elif eval_data is None:
             train, held_out = _split(Path(data), train)
         else:
             held_out = _examples(Path(eval_data))
-        super().__init__(train, held_out)
+        super().__init__(train, held_out, evaluation_only=evaluation_only)
         self.failure_reward = failure_reward
         self._reward = reward
         self.pool = RewardPool(reward, limits)

@@ -1,0 +1,252 @@
+"""Evaluates prior tasks on whatever weights an engine holds, and keeps the scores.
+
+    prior = PriorTasks([make_prior_task(name, settings) for name in names], settings)
+    prior.keep_in(folder / "prior.jsonl", until=0)
+    prior.evaluate(engine, generation)        # list[PriorScore], a line each in the file
+    prior.summary()                           # per task: before, worst, final, recovery
+
+Independent of how the weights are trained. A task is answered greedily and, with `samples` K, K
+times a prompt at `temperature`, with the same random numbers at every evaluation. What is in the
+file is not evaluated again. Tasks are never averaged over one another.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from esfast.engines.base import Engine, Sampling
+from esfast.errors import ConfigError, DataError
+from esfast.prior.scores import Estimate, PriorScore, outcome
+from esfast.run_folder import append_line
+from esfast.tasks import TASKS, Task, make_task
+from esfast.tasks.custom import Custom
+from esfast.tasks.questions import Questions
+from esfast.whole_file import whole_file
+
+PRIOR = "prior.jsonl"
+HARNESS = "lm_eval:"
+FILE = ".jsonl"
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """How prior tasks are evaluated: every so many generations, at most `size` prompts a task,
+    greedily and with `samples` answers a prompt at `temperature` (0 samples: greedily alone).
+
+    Raises ConfigError for a value outside its range.
+    """
+
+    every: int = 5
+    size: int = 64
+    samples: int = 4
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        for name, least in (("every", 1), ("size", 1), ("samples", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"prior {name} is {getattr(self, name)}; expected {least} or more."
+                )
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"the temperature of prior samples is {self.temperature}; expected more than 0 "
+                "(greedy answers are scored in any case)."
+            )
+
+
+class PriorTask(Protocol):
+    """One task asked for, or several under one name (a group of lm-evaluation-harness)."""
+
+    source: str
+    names: tuple[str, ...]
+
+    def evaluate(self, engine: Engine, generation: int) -> list[PriorScore]:
+        """A score each of `names`, under the weights as they are."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json records; plain JSON values."""
+        ...
+
+    def close(self) -> None:
+        """Give up processes; twice does no harm."""
+        ...
+
+
+class OwnTask:
+    """A task of esfast's, of which the held-out prompts are answered."""
+
+    def __init__(self, source: str, task: Task, settings: PriorSettings) -> None:
+        self.source = source
+        name = source.partition("@")[0]
+        self.name = Path(name).stem if name.endswith(FILE) else source
+        self.names: tuple[str, ...] = (self.name,)
+        self.task = task
+        self.settings = settings
+        self._examples = task.held_out(settings.size)
+
+    def evaluate(self, engine: Engine, generation: int) -> list[PriorScore]:
+        """Greedy answers, then K samples of every prompt."""
+        began = time.perf_counter()
+        limit, settings = self.task.max_new_tokens, self.settings
+        greedy, failed = self._values(engine, Sampling(limit), 1)
+        sampled = None
+        if settings.samples:
+            drawn = Sampling(limit, temperature=settings.temperature, seed=settings.seed)
+            values, more = self._values(engine, drawn, settings.samples)
+            sampled = Estimate.of(values, settings.samples, settings.temperature)
+            failed += more
+        return [
+            PriorScore(
+                generation=generation,
+                task=self.name,
+                source=self.source,
+                metric="score",
+                prompts=len(self._examples),
+                greedy=Estimate.of(greedy),
+                sampled=sampled,
+                failed=failed,
+                seconds=time.perf_counter() - began,
+            )
+        ]
+
+    def _values(self, engine: Engine, sampling: Sampling, samples: int) -> tuple[np.ndarray, int]:
+        """float64 [prompts], the mean over a prompt's samples; and how many scorings failed."""
+        repeated = [example for example in self._examples for _ in range(samples)]
+        completions = engine.generate([example.prompt for example in repeated], sampling)
+        scores = self.task.score_all(repeated, [completion.text for completion in completions])
+        values = np.array([score.value for score in scores], dtype=np.float64)
+        return values.reshape(-1, samples).mean(axis=1), sum(score.failed for score in scores)
+
+    def describe(self) -> dict[str, Any]:
+        """The task's own words."""
+        return {"source": self.source, **self.task.describe()}
+
+    def close(self) -> None:
+        """End what the task holds."""
+        self.task.close()
+
+
+def make_prior_task(
+    source: str, settings: PriorSettings, harness_path: str | Path | None = None
+) -> PriorTask:
+    """The prior task that `source` names.
+
+    A built-in task (`countdown`, `questions:capitals`, `reasoning_gym:DATASET`); a JSONL file
+    (PATH.jsonl with answers in its rows, or PATH.jsonl@module:function with a reward function); a
+    task, group or tag of lm-evaluation-harness by name, `lm_eval:NAME` where esfast has one of the
+    same name, or PATH.yaml. harness_path: a folder of further YAML tasks.
+    Raises ConfigError, DataError.
+    """
+    kind = source.partition(":")[0]
+    file, at, reward = source.partition("@")
+    if file.endswith(FILE) and at:
+        task = Custom(reward, data=file, evaluation_only=True)
+        return OwnTask(source, task, settings)
+    if source.endswith(FILE):
+        return OwnTask(source, Questions(data=source, evaluation_only=True), settings)
+    if kind == "questions":
+        dataset = source.partition(":")[2]
+        return OwnTask(source, Questions(dataset, evaluation_only=True), settings)
+    if kind in TASKS:
+        return OwnTask(source, make_task(source), settings)
+    from esfast.prior.harness import HarnessTask
+
+    return HarnessTask(source, source.removeprefix(HARNESS), settings, harness_path)
+
+
+class PriorTasks:
+    """A set of prior tasks and what they scored so far."""
+
+    def __init__(self, tasks: Sequence[PriorTask], settings: PriorSettings) -> None:
+        """Raises ConfigError where two tasks have one name."""
+        names = [name for task in tasks for name in task.names]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        self._names = names
+        if twice:
+            raise ConfigError(f"prior task {twice[0]!r} is given twice; leave one out.")
+        self.tasks = tuple(tasks)
+        self.settings = settings
+        self.scores: list[PriorScore] = []
+        self._path: Path | None = None
+
+    def keep_in(self, path: Path, until: int) -> None:
+        """Writes to `path` from now on, and takes up what is there up to generation `until`.
+
+        Later lines, and a last one that was not written whole, are dropped from the file. Raises
+        DataError for a file that is damaged elsewhere.
+        """
+        self._path = path
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1].splitlines()
+        try:
+            scores = [PriorScore.from_record(json.loads(line)) for line in whole]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
+        self.scores = [score for score in scores if score.generation <= until]
+        with whole_file(path) as file:
+            for score in self.scores:
+                file.write(json.dumps(score.record(), ensure_ascii=False).encode() + b"\n")
+
+    def due(self, generation: int, last: int) -> bool:
+        """Whether to evaluate at `generation` of a run that ends at `last`: something is not known
+        that is wanted at every k-th generation and at the end."""
+        wanted = generation % self.settings.every == 0 or generation == last
+        return wanted and len(self.at(generation)) < len(self._names)
+
+    def evaluate(self, engine: Engine, generation: int) -> list[PriorScore]:
+        """The scores of all tasks at `generation`, under the weights as they are now.
+
+        Those that were evaluated before are not evaluated again. Each new one is written down as
+        soon as it is there.
+        """
+        for task in self.tasks:
+            there = {score.task for score in self.at(generation)}
+            if there.issuperset(task.names):
+                continue
+            for score in task.evaluate(engine, generation):
+                if score.task in there:
+                    continue
+                if self._path is not None:
+                    append_line(self._path, score.record())
+                self.scores.append(score)
+        return self.at(generation)
+
+    def at(self, generation: int) -> list[PriorScore]:
+        """What is known of one generation, in the order of the tasks."""
+        order = self._names
+        there = [s for s in self.scores if s.generation == generation and s.task in order]
+        return sorted(there, key=lambda score: order.index(score.task))
+
+    def of(self, name: str) -> list[PriorScore]:
+        """One task's scores by generation."""
+        return sorted(
+            (score for score in self.scores if score.task == name),
+            key=lambda score: score.generation,
+        )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What came of every task; see `esfast.prior.scores.outcome`."""
+        return [outcome(self.of(name)) for name in self._names if self.of(name)]
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json records."""
+        return {**asdict(self.settings), "tasks": [task.describe() for task in self.tasks]}
+
+    def close(self) -> None:
+        """Close every task."""
+        for task in self.tasks:
+            with suppress(OSError):
+                task.close()

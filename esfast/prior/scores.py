@@ -1,0 +1,177 @@
+"""What a prior task scored at one generation, and what came of it over a run.
+
+    score +- 1.96 s / sqrt(n)      over the n prompts; Wilson's interval where all are 0 or 1
+    sampled score                  a prompt's mean over its K samples first, then as above: samples
+                                   of one prompt are not independent, and n stays the prompts'
+    change = final - before, dip = worst - before, recovery = final - worst
+
+Intervals of differences are paired, prompt by prompt; they have width 0 where no prompt's value
+differs. "Before" is generation 0, and so is "worst" where a score never fell. The worst of many
+noisy evaluations lies lower than the truth: its interval speaks of one evaluation, not of having
+been picked. Where a lower value is better (perplexity), worst is the highest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from esfast.held_out import Z95, wilson
+
+KINDS = ("greedy", "sampled")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with its 95 % interval.
+
+    values: of each prompt, in the order of the prompts; empty where the metric is of all prompts
+    together. samples and temperature: how the answers were drawn; 1 and 0 for greedy ones.
+    """
+
+    score: float
+    low: float
+    high: float
+    values: tuple[float, ...] = ()
+    samples: int = 1
+    temperature: float = 0.0
+
+    @classmethod
+    def of(
+        cls, values: Sequence[float] | np.ndarray, samples: int = 1, temperature: float = 0.0
+    ) -> Estimate:
+        """From one value a prompt (its mean over the samples)."""
+        array = np.asarray(values, dtype=np.float64)
+        mean = float(array.mean())
+        low, high = _interval(array)
+        return cls(mean, low, high, tuple(map(float, array)), samples, temperature)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Estimate:
+        """The inverse of `record`, up to the rounding of the values."""
+        low, high = record["score_95"]
+        kept = tuple(record["values"])
+        return cls(record["score"], low, high, kept, record["samples"], record["temperature"])
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values; a prompt's value is rounded to six digits."""
+        return {
+            "score": self.score,
+            "score_95": [self.low, self.high],
+            "samples": self.samples,
+            "temperature": self.temperature,
+            "values": [round(value, 6) for value in self.values],
+        }
+
+    def text(self) -> str:
+        """ "0.734 [0.615, 0.827]"."""
+        return f"{self.score:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class PriorScore:
+    """One task at one generation.
+
+    source: the name that the task was asked for by, which may stand for several tasks; metric: what
+    the score is; sampled: None where the task has no answers to sample, or none were asked for;
+    failed: answers whose scoring failed; seconds: of the evaluation.
+    """
+
+    generation: int
+    task: str
+    source: str
+    metric: str
+    prompts: int
+    greedy: Estimate
+    sampled: Estimate | None = None
+    higher_is_better: bool = True
+    failed: int = 0
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """A line of prior.jsonl."""
+        return {
+            **{name: value for name, value in vars(self).items() if name not in KINDS},
+            "greedy": self.greedy.record(),
+            "sampled": None if self.sampled is None else self.sampled.record(),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PriorScore:
+        """The inverse of `record`. Raises KeyError, TypeError or ValueError for another line."""
+        sampled = record["sampled"]
+        estimates = {
+            "greedy": Estimate.from_record(record["greedy"]),
+            "sampled": None if sampled is None else Estimate.from_record(sampled),
+        }
+        return cls(**{**record, **estimates})
+
+
+def outcome(scores: Sequence[PriorScore]) -> dict[str, Any]:
+    """What came of one task, as summary.json has it: a part a kind of answer ("greedy", "sampled").
+
+    scores: of one task, at one generation or more.
+    """
+    ordered = sorted(scores, key=lambda score: score.generation)
+    last = ordered[-1]
+    out: dict[str, Any] = {
+        "task": last.task,
+        "metric": last.metric,
+        "prompts": last.prompts,
+        "higher_is_better": last.higher_is_better,
+        "evaluations": len(ordered),
+        "failed": sum(score.failed for score in ordered),
+    }
+    for kind in KINDS:
+        points = [(s.generation, getattr(s, kind)) for s in ordered if getattr(s, kind) is not None]
+        out[kind] = _outcome(points, last.higher_is_better) if points else None
+    return out
+
+
+def _outcome(points: list[tuple[int, Estimate]], higher_is_better: bool) -> dict[str, Any]:
+    (first, before), (at_end, final) = points[0], points[-1]
+    sign = 1.0 if higher_is_better else -1.0
+    worst_at, worst = min(points, key=lambda point: sign * point[1].score)
+    return {
+        "before": before.score,
+        "before_95": [before.low, before.high],
+        "before_generation": first,
+        "worst": worst.score,
+        "worst_95": [worst.low, worst.high],
+        "worst_generation": worst_at,
+        "final": final.score,
+        "final_95": [final.low, final.high],
+        "final_generation": at_end,
+        "dip": worst.score - before.score,
+        "dip_95": difference_interval(before, worst),
+        "change": final.score - before.score,
+        "change_95": difference_interval(before, final),
+        "recovery": final.score - worst.score,
+        "recovery_95": difference_interval(worst, final),
+    }
+
+
+def difference_interval(before: Estimate, after: Estimate) -> list[float] | None:
+    """95 % interval of after - before, paired over the prompts; None without a value a prompt."""
+    if not before.values or len(before.values) != len(after.values):
+        return None
+    difference = np.subtract(after.values, before.values)
+    half = Z95 * _standard_error(difference)
+    mean = float(difference.mean())
+    return [mean - half, mean + half]
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    mean = float(values.mean())
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(mean, len(values))
+    half = Z95 * _standard_error(values)
+    return mean - half, mean + half
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
