@@ -1,0 +1,158 @@
+#!/usr/bin/env python
+"""The study of forgetting: ES, ES with anchored decay, a larger population, and GRPO.
+
+    python benchmarks/forgetting/study.py                       # resumable; about 50 min, 2 cores
+    python benchmarks/forgetting/study.py --analyse             # tables and pictures again
+    python benchmarks/forgetting/study.py --scale gpu --model HUB/NAME   # not yet run
+
+Runs the table of study_table.py in a work folder (a run that is finished is skipped, one that was
+begun goes on), then writes into benchmarks/results/forgetting/SCALE/: runs.csv (a row a run),
+curves.csv (a row a run, task and evaluation), summary.csv (means over seeds with intervals),
+study.json (how it was made), pictures, and report.html through `esfast report`. The tuned model of
+an ES run is removed once the run is finished: its journal is the model (`esfast replay`).
+
+What it does not do: choose settings. Sigma, alpha and the population are those of the default job,
+lambdas are stated in study_table.py, and no arm was tuned on the prior tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from study_figures import Drawing
+from study_rows import columns, gather, summarise, write_csv
+from study_runs import Runner, Work, process, steps_left
+from study_table import ROOT, SCALES, Scale, StudyRun
+
+from esfast.errors import ConfigError, EsfastError
+from esfast.provenance import commit, device_name, one_line, provenance
+from esfast.whole_file import whole_file
+
+INTERRUPTED, MENDABLE = 130, 2
+RESULTS = Path("benchmarks") / "results" / "forgetting"
+
+
+def main() -> int:
+    """Runs what is left, then the analysis; returns the exit code."""
+    args = _arguments()
+    os.chdir(ROOT)  # so that the commands that are recorded name no folder of this machine
+    scale = SCALES[args.scale]
+    try:
+        model = _model(args, scale)
+        work = Work(Path(args.work or Path("runs") / f"forgetting-{scale.name}"))
+        runs = _chosen(scale, args.only)
+        if not args.analyse:
+            _run(scale, work, model, runs)
+        analyse(scale, work, Path(args.output or RESULTS / scale.name), args.report)
+    except EsfastError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return MENDABLE
+    except KeyboardInterrupt:
+        print("study: interrupted; the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
+    parser.add_argument("--model", default=None, help="folder or hub name; gpu has none of its own")
+    parser.add_argument("--work", default=None, help="runs/forgetting-SCALE if not given")
+    parser.add_argument("--output", default=None, help=f"{RESULTS}/SCALE if not given")
+    parser.add_argument("--only", default=None, metavar="PREFIX", help="runs of this name alone")
+    parser.add_argument("--analyse", action="store_true", help="run nothing")
+    parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+def _model(args: argparse.Namespace, scale: Scale) -> str:
+    model = args.model or scale.model
+    if model is None:
+        raise ConfigError(f"the {scale.name} scale has no model of its own; name one with --model.")
+    return str(model)
+
+
+def _chosen(scale: Scale, only: str | None) -> list[StudyRun]:
+    runs = [run for run in scale.runs() if run.key.startswith(only or "")]
+    if not runs:
+        raise ConfigError(f"no run's name begins with {only!r}; see study_table.py.")
+    return runs
+
+
+def _run(scale: Scale, work: Work, model: str, runs: Sequence[StudyRun]) -> None:
+    todo = [run for run in runs if steps_left(run, scale, work, model)]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with bar:
+        task = bar.add_task("runs", total=len(runs), completed=len(runs) - len(todo), left="")
+        seconds: list[float] = []
+
+        def after(run: StudyRun, spent: float) -> None:
+            seconds.append(spent)
+            left = sum(seconds) / len(seconds) * (len(todo) - len(seconds)) / scale.jobs
+            bar.update(task, advance=1, left=f"left about {left / 60:.0f} min")
+            bar.console.print(f"{run.key}: {spent:.0f} s")
+
+        started = perf_counter()
+        Runner(scale, work, model, bar.console.print).run_all(todo, after)
+    work.add_session(perf_counter() - started, len(todo))
+
+
+def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
+    """Tables, pictures and report of the runs that are finished."""
+    rows, curves = gather(scale, work)
+    if not rows:
+        raise ConfigError(f"{work.path} has no finished run; leave out --analyse.")
+    output.mkdir(parents=True, exist_ok=True)
+    made = {
+        **provenance(["python", *map(shlex.quote, _relative(sys.argv))]),
+        "device": device_name(),
+        "scale": scale.name,
+        "runs": len(rows),
+        "sessions": work.sessions(),
+        "commits_of_runs": sorted({str(row["commit"]) for row in rows}),
+    }
+    write_csv(output / "runs.csv", rows)
+    write_csv(output / "curves.csv", curves)
+    write_csv(output / "summary.csv", summarise([row for row in rows if row["main"]]))
+    _write_json(output / "study.json", made)
+    drawn = Drawing(rows, curves, one_line(made)).draw(output)
+    print(f"study: {len(rows)} runs, {len(columns(rows))} columns, {len(drawn)} pictures: {output}")
+    if report:
+        _report(scale, work, output)
+
+
+def _report(scale: Scale, work: Work, output: Path) -> None:
+    first = min(seed for arm in scale.arms for seed in arm.seeds)
+    there = [run for run in scale.runs() if run.seed == first and run.arm.main]
+    folders = [str(work.folder(run)) for run in there if work.folder(run).exists()]
+    process(["report", *folders, "-o", str(output / "report.html")], work.path / "logs/report.log")
+
+
+def _relative(arguments: Sequence[str]) -> list[str]:
+    script = Path(arguments[0]).resolve()
+    here = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
+    return [str(here), *arguments[1:]]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as file:
+        file.write(json.dumps({**content, "commit": commit()}, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

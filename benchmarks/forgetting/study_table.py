@@ -1,0 +1,158 @@
+"""The table of the forgetting study: which runs there are, and the flags of each.
+
+Two scales. "cpu" is what the committed results are of: SmolLM2-135M-Instruct on two cores. "gpu"
+has the papers' settings (arXiv 2509.24372, 2605.30148) for a model that the user names; it has not
+yet been run.
+
+Arms at one seed share run seed and prompts, so that ES and its variants see the same draws. The
+larger population has four times the members and a quarter of the prompts a generation: as many
+answers and as many generations over four times the directions.
+
+How lambda was carried from 500 generations to 10: by what is left when units are taken away. l2:
+alpha * lambda * T is 2.5 in the paper (5e-3 * 500) and here (0.25 * 10). l1: alpha * lambda * T
+over the random walk alpha * sqrt(T / N) is 1.2 in the paper (lambda 0.01) and 1.3 here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PRIOR = HERE.relative_to(ROOT) / "prior"
+SEEDS = (1, 2, 3)
+
+PRIOR_TASKS = (
+    "questions:capitals",
+    "questions:opposites",
+    "questions:plurals",
+    f"{PRIOR / 'copying.jsonl'}",
+    f"{PRIOR / 'writing.jsonl'}@{HERE.relative_to(ROOT) / 'prior_rewards.py'}:fluent",
+)
+
+
+def short_name(task: str) -> str:
+    """A prior task's name in tables and figures."""
+    return Path(task.partition("@")[0].partition(":")[2] or task.partition("@")[0]).stem
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    key: fit for a folder's name; command: of esfast; flags: beside the scale's; decay: alpha *
+    lambda where the arm is a point of the l2 sweep (0: plain ES), else None; main: whether it is
+    one of the arms that are compared, or a point of the sweep alone.
+    """
+
+    key: str
+    name: str
+    command: str
+    flags: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = SEEDS
+    decay: float | None = None
+    main: bool = True
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run: an arm at a seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Names its folder and its rows."""
+        return f"{self.arm.key}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A study. Flags: of every training, of a command's, of the diagnostics of one run.
+
+    model: None where the user has to name one; jobs: runs at once; threads: of each; alpha,
+    population_size, generations: of the plain ES arm, for what the laws predict.
+    """
+
+    name: str
+    model: str | None
+    shared: tuple[str, ...]
+    of_command: dict[str, tuple[str, ...]]
+    diagnostics: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    jobs: int
+    threads: int | None
+    alpha: float
+    population_size: int
+    generations: int
+
+    def runs(self) -> list[StudyRun]:
+        """Seed by seed, so that a study that is stopped early has whole seeds."""
+        seeds = sorted({seed for arm in self.arms for seed in arm.seeds})
+        return [StudyRun(arm, seed) for seed in seeds for arm in self.arms if seed in arm.seeds]
+
+
+def decay_flags(kind: str, product: float, alpha: float) -> tuple[str, ...]:
+    """Flags of anchored decay with alpha * lambda = `product`."""
+    return ("--weight-decay-type", kind, "--weight-decay-lambda", f"{product / alpha:.6g}")
+
+
+def population_flags(size: int, prompts: int) -> tuple[str, ...]:
+    """Members and prompts of a generation."""
+    return ("--population-size", str(size), "--prompts", str(prompts))
+
+
+def es_arms(alpha: float, size: int, prompts: int, l1: float, l2: float) -> tuple[Arm, ...]:
+    """ES, with l1, with l2 (both as alpha * lambda), and with a population four times as large."""
+    usual, larger = population_flags(size, prompts), population_flags(4 * size, prompts // 4)
+    return (
+        Arm("es", f"ES, N {size}", "train", usual, decay=0.0),
+        Arm("es-l1", "ES + l1", "train", (*usual, *decay_flags("l1", l1, alpha))),
+        Arm("es-l2", "ES + l2", "train", (*usual, *decay_flags("l2", l2, alpha)), decay=l2),
+        Arm("es-large", f"ES, N {4 * size}", "train", larger),
+    )
+
+
+def sweep_arms(alpha: float, usual: tuple[str, ...], products: tuple[float, ...]) -> list[Arm]:
+    """The points of the l2 sweep that are not a main arm, at the first seed alone."""
+    return [
+        Arm(
+            f"sweep-{product:g}",
+            f"ES + l2, alpha lambda {product:g}",
+            "train",
+            (*usual, *decay_flags("l2", product, alpha)),
+            seeds=SEEDS[:1],
+            decay=product,
+            main=False,
+        )
+        for product in products
+    ]
+
+
+PRIOR_FLAGS = ("--prior-tasks", ",".join(PRIOR_TASKS), "--prior-size", "48", "--prior-samples", "0")
+
+CPU_ALPHA = 0.006
+CPU = Scale(
+    name="cpu",
+    model="smollm2-135m",
+    shared=(
+        *("--task", "arithmetic", "--generations", "10", "--eval-size", "96", "--eval-every", "2"),
+        *(*PRIOR_FLAGS, "--prior-every", "2", "--no-plots"),
+    ),
+    of_command={"train": ("--sigma", "0.003", "--alpha", f"{CPU_ALPHA}"), "grpo": ()},
+    diagnostics=(),
+    arms=(
+        *es_arms(CPU_ALPHA, size=16, prompts=32, l1=6e-4, l2=0.25),
+        *sweep_arms(CPU_ALPHA, population_flags(16, 32), (0.005, 0.05, 0.5, 0.75)),
+    ),
+    jobs=2,
+    threads=1,
+    alpha=CPU_ALPHA,
+    population_size=16,
+    generations=10,
+)
+
+SCALES = {scale.name: scale for scale in (CPU,)}
+"""By the name on the command line."""
