@@ -123,10 +123,10 @@ def test_what_is_finished_is_skipped_and_what_was_begun_goes_on(work):
 
 def test_a_work_folder_of_other_settings_is_refused(work):
     run = CPU.runs()[0]
-    work.claim(run, [("train", "--alpha", "1")])
-    work.claim(run, [("train", "--alpha", "1")])
+    work.claim(run, ("train", "--alpha", "1"))
+    work.claim(run, ("train", "--alpha", "1"))
     with pytest.raises(ConfigError, match="other settings"):
-        work.claim(run, [("train", "--alpha", "2")])
+        work.claim(run, ("train", "--alpha", "2"))
 
 
 def test_a_run_that_fails_stops_the_study_and_is_named(work, monkeypatch):

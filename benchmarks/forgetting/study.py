@@ -30,7 +30,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_figures import Drawing
 from study_rows import columns, gather, summarise, write_csv
-from study_runs import Runner, Work, process, steps_left
+from study_runs import Runner, Work, process
 from study_table import ROOT, SCALES, Scale, StudyRun
 
 from esfast.errors import ConfigError, EsfastError
@@ -51,8 +51,9 @@ def main() -> int:
         work = Work(Path(args.work or Path("runs") / f"forgetting-{scale.name}"))
         runs = _chosen(scale, args.only)
         if not args.analyse:
-            _run(scale, work, model, runs)
-        analyse(scale, work, Path(args.output or RESULTS / scale.name), args.report)
+            _run(Runner(scale, work, model, print, args.train_only), runs)
+        if not args.train_only:
+            analyse(scale, work, Path(args.output or RESULTS / scale.name), args.report)
     except EsfastError as error:
         print(f"study: {error}", file=sys.stderr)
         return MENDABLE
@@ -69,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", default=None, help="runs/forgetting-SCALE if not given")
     parser.add_argument("--output", default=None, help=f"{RESULTS}/SCALE if not given")
     parser.add_argument("--only", default=None, metavar="PREFIX", help="runs of this name alone")
+    parser.add_argument("--train-only", action="store_true", help="diagnose at a later call")
     parser.add_argument("--analyse", action="store_true", help="run nothing")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
@@ -88,8 +90,8 @@ def _chosen(scale: Scale, only: str | None) -> list[StudyRun]:
     return runs
 
 
-def _run(scale: Scale, work: Work, model: str, runs: Sequence[StudyRun]) -> None:
-    todo = [run for run in runs if steps_left(run, scale, work, model)]
+def _run(runner: Runner, runs: Sequence[StudyRun]) -> None:
+    todo = [run for run in runs if runner.left(run)]
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,17 +101,18 @@ def _run(scale: Scale, work: Work, model: str, runs: Sequence[StudyRun]) -> None
     )
     with bar:
         task = bar.add_task("runs", total=len(runs), completed=len(runs) - len(todo), left="")
+        runner.note = bar.console.print
         seconds: list[float] = []
 
         def after(run: StudyRun, spent: float) -> None:
             seconds.append(spent)
-            left = sum(seconds) / len(seconds) * (len(todo) - len(seconds)) / scale.jobs
+            left = sum(seconds) / len(seconds) * (len(todo) - len(seconds)) / runner.scale.jobs
             bar.update(task, advance=1, left=f"left about {left / 60:.0f} min")
             bar.console.print(f"{run.key}: {spent:.0f} s")
 
         started = perf_counter()
-        Runner(scale, work, model, bar.console.print).run_all(todo, after)
-    work.add_session(perf_counter() - started, len(todo))
+        runner.run_all(todo, after)
+    runner.work.add_session(perf_counter() - started, len(todo))
 
 
 def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:

@@ -1,7 +1,7 @@
 """Runs the study's table: every run is a command of esfast in a process of its own.
 
     WORK/runs/KEY/         the run folder that esfast wrote
-    WORK/commands/KEY.json the command lines that it was begun with
+    WORK/commands/KEY.json the arguments that it was begun with
     WORK/logs/KEY.log      what they printed
 
 What is finished is skipped; an ES run that was begun goes on from its journal (to the same bits as
@@ -72,10 +72,10 @@ class Work:
         path = self.path / SESSIONS
         return list(read_lines(path)) if path.exists() else []
 
-    def claim(self, run: StudyRun, commands: Sequence[Sequence[str]]) -> None:
+    def claim(self, run: StudyRun, arguments: Sequence[str]) -> None:
         """Writes down how a run is begun. ConfigError where it was begun in another way."""
         path = self.path / "commands" / f"{run.key}.json"
-        asked = json.dumps([list(command) for command in commands], indent=1) + "\n"
+        asked = json.dumps(list(arguments), indent=1) + "\n"
         if path.exists() and path.read_text(encoding="utf-8") != asked:
             raise ConfigError(
                 f"{self.path} has a run {run.key!r} with other settings ({path}); give another "
@@ -91,13 +91,15 @@ def finished(folder: Path) -> bool:
     return path.exists() and read_json(path).get("status") == "finished"
 
 
-def steps_left(run: StudyRun, scale: Scale, work: Work, model: str) -> list[Step]:
+def steps_left(
+    run: StudyRun, scale: Scale, work: Work, model: str, train_only: bool = False
+) -> list[Step]:
     """What is still to be done of a run; nothing where all of it is there."""
     folder = work.folder(run)
     steps = []
     if not finished(folder):
         steps.append(Step("training", _training(run, scale, folder, model), folder / SUMMARY))
-    if not (folder / DIAGNOSED).exists():
+    if not train_only and not (folder / DIAGNOSED).exists():
         arguments = ("forgetting", str(folder), "--base", model, *scale.diagnostics)
         steps.append(Step("diagnosing", arguments, folder / DIAGNOSED))
     return steps
@@ -122,20 +124,32 @@ def _training(run: StudyRun, scale: Scale, folder: Path, model: str) -> tuple[st
 class Runner:
     """Runs what is left, `jobs` runs at once; tells `note` a line a step."""
 
-    def __init__(self, scale: Scale, work: Work, model: str, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        work: Work,
+        model: str,
+        note: Callable[[str], None],
+        train_only: bool = False,
+    ) -> None:
         self.scale = scale
+        self.train_only = train_only
         self.work = work
         self.model = model
         self.note = note
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = threading.Event()
 
+    def left(self, run: StudyRun) -> list[Step]:
+        """What is still to be done of a run."""
+        return steps_left(run, self.scale, self.work, self.model, self.train_only)
+
     def run_all(self, runs: Sequence[StudyRun], after: Callable[[StudyRun, float], None]) -> None:
         """All steps of all runs. The first failure, or Ctrl-C, stops the others and is raised."""
         for run in runs:
             folder = self.work.folder(run)
             began = first_arguments(run, self.scale, folder, self.model)
-            self.work.claim(run, [began, self.scale.diagnostics])
+            self.work.claim(run, began)
         with ThreadPoolExecutor(self.scale.jobs) as pool:
             futures = [pool.submit(self._run, run, after) for run in runs]
             try:
@@ -153,7 +167,7 @@ class Runner:
 
     def _run(self, run: StudyRun, after: Callable[[StudyRun, float], None]) -> None:
         started = perf_counter()
-        for step in steps_left(run, self.scale, self.work, self.model):
+        for step in self.left(run):
             if self._stopped.is_set():
                 return
             self.note(f"{run.key}: {step.title}")
