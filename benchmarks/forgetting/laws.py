@@ -1,0 +1,348 @@
+#!/usr/bin/env python
+"""The laws of drift, measured on real weights' elements under rewards that are pure noise.
+
+    python benchmarks/forgetting/laws.py [--model smollm2-135m] [--every 128] [--threads N]
+
+Takes every 128th element of every tensor of the model (so that magnitudes, and with them the last
+places of bf16, are a real model's), moves them by generations of random rewards at the paper's
+settings (arXiv 2605.30148: alpha 5e-4, lambda 10, population 30; five time constants), and compares
+the norm of the change with esfast.forgetting.laws. Beside it the decay as bf16 torch loops have it:
+the step rounded to nearest, then delta = w - anchor; w -= alpha * lambda * delta, each operation
+rounded to bf16. Writes benchmarks/results/forgetting_laws_cpu.csv and .png. No model is run, and no
+time is measured. Two minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from esfast import Anchor, AnchoredDecay, EvolutionStrategy, ParameterTable, Weights
+from esfast.forgetting import laws
+from esfast.models import load_model
+from esfast.plots import INK, MARK, picture
+from esfast.provenance import commit, device_name, one_line, provenance
+
+RESULTS = Path(__file__).parent.parent / "results" / "forgetting_laws_cpu"
+ALPHA, LAMBDA, MEMBERS, GENERATIONS = 5e-4, 10.0, 30, 1000
+POINTS = (1, 2, 4, 8, 16, 32, 64, 125, 250, 500, 750, 1000)
+POPULATIONS = (4, 8, 16, 32, 64, 128, 256)
+PART, ONE_SCALE = 262_144, 100_000  # elements of the smaller tables
+SCALES = tuple(2.0**e for e in range(-11, 8))
+OTHER = "#3f8f5f"
+Tensors = dict[str, torch.Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of noise: what kind of weights, and the strategy's settings."""
+
+    title: str
+    dtype: torch.dtype = torch.float32
+    memory: str = "lean"
+    weight: float = LAMBDA
+    alpha: float = ALPHA
+    members: int = MEMBERS
+    three_operations: bool = False  # the torch loops' decay, after a step rounded to nearest
+    seed: int = 0
+
+
+def sampled(model: str, every: int) -> Tensors:
+    """Every so-many-th element of each tensor (at least one), fp64."""
+    parameters = load_model(model, dtype=torch.bfloat16).model.named_parameters()
+    return {name: p.detach().flatten()[::every].double() for name, p in parameters}
+
+
+def flat(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().double() for tensor in tensors.values()])
+
+
+def three_operations(tensors: Tensors, anchor: Tensors, strength: float) -> None:
+    """Anchored decay of a torch loop: each line's result is rounded to the weights' dtype."""
+    for name, tensor in tensors.items():
+        delta = tensor - anchor[name]
+        tensor -= strength * delta
+
+
+def strategy(case: Case, live: Tensors, threads: int | None) -> EvolutionStrategy:
+    ours = case.weight and not case.three_operations
+    return EvolutionStrategy(
+        ParameterTable.from_tensors(live),
+        memory=case.memory,
+        threads=threads,
+        alpha=case.alpha,
+        population_size=case.members,
+        seed=case.seed,
+        decay=AnchoredDecay("l2", case.weight) if ours else None,
+        rounding="nearest" if case.three_operations else "stochastic",
+    )
+
+
+def walk(
+    case: Case, base: Tensors, points: tuple[int, ...], threads: int | None
+) -> Iterator[tuple[int, Tensors, torch.Tensor]]:
+    """At each of `points`: (generation, live weights, change of what updates start from)."""
+    anchor = {name: tensor.to(case.dtype) for name, tensor in base.items()}
+    live = {name: tensor.clone() for name, tensor in anchor.items()}
+    es, start = strategy(case, live, threads), flat(anchor)
+    rng = np.random.default_rng(case.seed)
+    for generation in track(range(1, points[-1] + 1), case.title):
+        es.step(rng.normal(size=case.members))
+        if case.three_operations:
+            three_operations(live, anchor, case.alpha * case.weight)
+        if generation in points:
+            state = torch.cat([t.detach().double().flatten() for t in es.weights.state()])
+            yield generation, live, state - start
+
+
+def law_of(case: Case, base: Tensors, generation: int) -> float:
+    """What the change's norm should be: for the torch loops, what decay would make of it."""
+    if case.dtype is torch.float32 or case.memory == "master" or case.three_operations:
+        count = sum(t.numel() for t in base.values())
+        return laws.l2_norm(case.alpha, case.weight, case.members, count, generation)
+    places = laws.last_places(tensor.to(case.dtype) for tensor in base.values())
+    return laws.stochastic_rounding_norm(case.alpha, case.members, places, case.weight, generation)
+
+
+def row_of(case: Case, what: str, generation: int, law: float, measured: float) -> Row:
+    return {
+        "case": case.title,
+        "quantity": what,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "memory": case.memory,
+        "alpha": case.alpha,
+        "lambda": case.weight,
+        "population": case.members,
+        "generations": generation,
+        "law": float(f"{law:.6g}"),
+        "measured": float(f"{measured:.6g}"),
+        "measured_over_law": round(measured / law, 4),
+    }
+
+
+def norms(
+    case: Case, base: Tensors, threads: int | None, points: tuple[int, ...] = POINTS
+) -> list[Row]:
+    return [
+        row_of(case, "norm", at, law_of(case, base, at), float(change.norm()))
+        for at, _, change in walk(case, base, points, threads)
+    ]
+
+
+def decay_alone(case: Case, base: Tensors, threads: int | None) -> list[Row]:
+    """What is left, along itself, of the change of a walk to the plateau's size, under no step."""
+    anchor = {name: tensor.to(case.dtype) for name, tensor in base.items()}
+    reach = round(laws.time_constant(case.alpha, case.weight) / 2)
+    free = replace(case, weight=0.0, three_operations=False)
+    *_, (_, live, start) = walk(free, base, (reach,), threads)
+    weights = Weights(
+        ParameterTable.from_tensors(live),
+        anchor=Anchor.in_memory(ParameterTable.from_tensors(anchor)),
+        threads=threads,
+    )
+    decay = AnchoredDecay("l2", case.weight)
+    rows = []
+    for generation in track(range(1, 401), case.title):
+        if case.three_operations:
+            three_operations(live, anchor, case.alpha * case.weight)
+        else:
+            weights.update([], [], decay=decay, alpha=case.alpha, seed=generation)
+        if generation % 25 == 0:
+            left = float((flat(live) - flat(anchor)) @ start / start.square().sum())
+            law = laws.kept(case.alpha, case.weight) ** generation
+            rows.append(row_of(case, "left of a change", generation, law, left))
+    return rows
+
+
+def at_scale(scale: float, weight: float, threads: int | None) -> Row:
+    """Normals of spread `scale` in bf16: from last places far below a step to far above it."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(ONE_SCALE, generator=generator, dtype=torch.float64) * scale}
+    title = f"bf16 normals, spread {scale:g}"
+    case = Case(title, torch.bfloat16, weight=weight)
+    generations = GENERATIONS if weight else 100
+    return {"scale": scale, **norms(case, base, threads, (generations,))[0]}
+
+
+def measure(base: Tensors, threads: int | None) -> dict[str, list[Row]]:
+    part = {"w": torch.zeros(PART, dtype=torch.float64)}
+    bf16 = Case("bf16, stochastic rounding", torch.bfloat16)
+    torch_loop = Case("bf16, three rounded operations", torch.bfloat16, three_operations=True)
+    cases = [
+        Case("fp32, no decay", weight=0.0),
+        replace(bf16, title="bf16, stochastic rounding, no decay", weight=0.0),
+        Case("fp32"),
+        Case("bf16, fp32 master", torch.bfloat16, "master"),
+        bf16,
+        torch_loop,
+    ]
+    return {
+        "walks": [row for case in cases for row in norms(case, base, threads)],
+        "populations": [
+            row
+            for n in POPULATIONS
+            for row in norms(Case(f"fp32, population {n}", weight=0.0, members=n, seed=n),
+                             part, threads, (16,))
+        ],
+        "alphas": [
+            row
+            for by in (0.25, 1.0, 4.0)
+            for row in norms(Case(f"fp32, alpha x {by:g}", alpha=ALPHA * by, weight=LAMBDA / by,
+                                  seed=int(4 * by)), part, threads)
+        ],
+        "left": [row for case in (bf16, torch_loop) for row in decay_alone(case, base, threads)],
+        "scales": [at_scale(s, w, threads) for w in (0.0, LAMBDA) for s in SCALES],
+    }  # fmt: skip
+
+
+def of_case(rows: list[Row], title: str, column: str) -> list[float]:
+    return [row[column] for row in rows if row["case"] == title]
+
+
+def line(
+    axes: Any, rows: list[Row], title: str, colour: str, law: bool = True, around: bool = False
+) -> None:
+    """Points of what was measured over a line of the law; around: circles, to see others inside."""
+    generations = of_case(rows, title, "generations")
+    if law:
+        axes.plot(generations, of_case(rows, title, "law"), color=colour, linewidth=1)
+    size, face = (8, "none") if around else (4, colour)
+    axes.plot(generations, of_case(rows, title, "measured"), "o", color=colour, markersize=size,
+              markerfacecolor=face, label=title)  # fmt: skip
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def _walk_panel(axes: Any, rows: list[Row]) -> None:
+    for title, colour in (("fp32, no decay", INK), ("bf16, stochastic rounding, no decay", MARK)):
+        line(axes, rows, title, colour)
+    free = [row for row in rows if row["case"] == "fp32, no decay"]
+    fit = slope([r["generations"] for r in free], [r["measured"] for r in free])
+    axes.set(xscale="log", yscale="log", xlabel="generations T", ylabel="norm of the change",
+             title=f"A random walk: fitted slope {fit:+.3f} (law +1/2)")  # fmt: skip
+    axes.legend(frameon=False)
+
+
+def _population_panel(axes: Any, rows: list[Row]) -> None:
+    sizes, seen = [r["population"] for r in rows], [r["measured"] for r in rows]
+    axes.plot(sizes, [r["law"] for r in rows], color=INK, linewidth=1, label="law")
+    axes.plot(sizes, seen, "o", color=INK, markersize=4, label="measured, 16 generations")
+    axes.set(xscale="log", yscale="log", xlabel="population size N", ylabel="norm of the change",
+             title=f"Population: fitted slope {slope(sizes, seen):+.3f} (law -1/2)")  # fmt: skip
+    axes.legend(frameon=False)
+
+
+def _plateau_panel(axes: Any, rows: list[Row]) -> None:
+    for title, colour in (("fp32", INK), ("bf16, fp32 master", "#56a5d8"),
+                          ("bf16, stochastic rounding", MARK)):  # fmt: skip
+        line(axes, rows, title, colour, around=title == "fp32")
+    title = "bf16, three rounded operations"
+    line(axes, rows, title, OTHER, law=False)
+    axes.set(xlabel="generations T", ylabel="norm of the change",
+             title=f"l2 decay, lambda {LAMBDA:g}: points measured, lines the law")  # fmt: skip
+    axes.legend(frameon=False)
+
+
+def _left_panel(axes: Any, rows: list[Row]) -> None:
+    for title, colour in (("bf16, stochastic rounding", MARK),
+                          ("bf16, three rounded operations", OTHER)):  # fmt: skip
+        line(axes, rows, title, colour, law=colour == MARK)
+    axes.axvline(1 / (ALPHA * LAMBDA), color="#999999", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="generations of decay alone", ylabel="left of the change, along itself",
+             ylim=(0, 1.05), title="The pull alone: line exp(-t alpha lambda)")  # fmt: skip
+    axes.legend(frameon=False, loc="lower left")
+
+
+def _scale_panel(axes: Any, rows: list[Row]) -> None:
+    for weight, colour in ((0.0, INK), (LAMBDA, MARK)):
+        chosen = [row for row in rows if row["lambda"] == weight]
+        alone = [
+            laws.l2_norm(ALPHA, weight, MEMBERS, ONE_SCALE, row["generations"]) for row in chosen
+        ]
+        x = [row["scale"] for row in chosen]
+        axes.plot(x, [r["law"] / a for r, a in zip(chosen, alone, strict=True)], color=colour)
+        axes.plot(x, [r["measured"] / a for r, a in zip(chosen, alone, strict=True)], "o",
+                  color=colour, markersize=4,
+                  label=f"l2, lambda {weight:g}, 1000 generations" if weight
+                  else "no decay, 100 generations")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="spread of the weights",
+             ylabel="norm / norm without rounding",
+             title="What bf16's stochastic rounding adds")  # fmt: skip
+    axes.legend(frameon=False)
+
+
+def _alpha_panel(axes: Any, rows: list[Row]) -> None:
+    for by, colour in ((0.25, INK), (1.0, MARK), (4.0, OTHER)):
+        chosen = [row for row in rows if row["case"] == f"fp32, alpha x {by:g}"]
+        unit = ALPHA * by * math.sqrt(PART / MEMBERS)
+        axes.plot([r["generations"] for r in chosen], [r["measured"] / unit for r in chosen],
+                  "o", color=colour, markersize=9 - 3 * math.log2(by + 1), label=f"alpha x {by:g}",
+                  markerfacecolor="none")  # fmt: skip
+    axes.plot([r["generations"] for r in chosen], [r["law"] / unit for r in chosen],
+              color="#777777", linewidth=1)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="generations T",
+             ylabel="norm / (alpha sqrt(d / N))",
+             title="alpha * lambda held: only the unit changes")  # fmt: skip
+    axes.legend(frameon=False)
+
+
+def draw(rows: dict[str, list[Row]], path: Path, made: str) -> None:
+    panels: list[Callable[[Any], None]] = [
+        lambda axes: _walk_panel(axes, rows["walks"]),
+        lambda axes: _population_panel(axes, rows["populations"]),
+        lambda axes: _alpha_panel(axes, rows["alphas"]),
+        lambda axes: _plateau_panel(axes, rows["walks"]),
+        lambda axes: _left_panel(axes, rows["left"]),
+        lambda axes: _scale_panel(axes, rows["scales"]),
+    ]
+    picture(path, panels, made)
+
+
+def write(rows: dict[str, list[Row]], stamp: Row, path: Path) -> None:
+    flat_rows = [{**stamp, "group": group, "scale": "", **row} for group in rows
+                 for row in rows[group]]  # fmt: skip
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, flat_rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat_rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--every", type=int, default=128, help="one element of so many is taken")
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    base = sampled(args.model, args.every)
+    elements = sum(tensor.numel() for tensor in base.values())
+    made = provenance(["python", "benchmarks/forgetting/laws.py", "--model", args.model,
+                       "--every", str(args.every)])  # fmt: skip
+    rows = measure(base, args.threads)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    stamp = {"commit": commit(), "date": date, "device": device_name(), "model": args.model,
+             "elements_of_model": elements}  # fmt: skip
+    RESULTS.parent.mkdir(exist_ok=True)
+    write(rows, stamp, RESULTS.with_suffix(".csv"))
+    draw(
+        rows, RESULTS.with_suffix(".png"), f"{elements} elements of {args.model}. {one_line(made)}"
+    )
+    for row in (row for group in rows.values() for row in group):
+        figures = f"{row['law']:12.5g}{row['measured']:12.5g}{row['measured_over_law']:9.4f}"
+        print(f"{row['case']:38}{row['quantity']:18}{row['generations']:6}{figures}")
+
+
+if __name__ == "__main__":
+    main()
