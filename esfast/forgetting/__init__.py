@@ -1,8 +1,10 @@
 """What a fine-tune changed: how far the weights went, where, and what that did to the answers.
 
-    drift(base, tuned) -> DriftReport        norms, sparsity, energy of the change, no model needed
-    divergence(base, tuned, prompts) -> ...  KL in both directions, on prompts of any task
-    at_equal_norm(...)                       the base moved by as much along another direction
+    drift.drift(base, tuned) -> DriftReport       norms, sparsity, energy, from tensors alone
+    divergence.divergence(base, tuned, prompts)   KL in both directions, two engines
+    equal_norm.move(module, base, direction, n)   the base moved by n along another direction
+    subjects.open_subject(source, name)           a run's generations, or any checkpoint
+    answers.Pair(base)                            KL and scores of tuned weights beside the base
 
 `esfast forgetting` writes what follows as FOLDER/forgetting.json (format version 1). Numbers are
 plain JSON; a value that is not defined (0 elements) is null.
@@ -15,7 +17,8 @@ plain JSON; a value that is not defined (0 elements) is null.
      "ulps": [0.5, 1, 2, 4, 8, 16],
      "energy_shares": [k, ...],                # shares of the elements, rising, the last is 1
      "subjects": [SUBJECT, ...],               # in the order of the command line
-     "samples": {...} or null,                 # how KL was sampled: see KL
+     "samples": {...} or null,                 # how KL was sampled, below
+     "base_scores": [SCORE, ...],              # of the base, generation null
      "equal_norm": EQUAL_NORM or null,
      "notes": [str, ...]}                      # what a reader has to know, in plain words
 
@@ -58,12 +61,12 @@ ESTIMATE: {"value": nats, "low": nats, "high": nats}       # 95 % interval over 
 
 SCORE, greedy answers to held-out prompts:
     {"generation": int or null, "prompts": name of the set, "kind": "target" or "prior",
-     **HeldOut.record()}                       # score, score_95, solved, solved_95, ...
+     "count": prompts, "score": mean, "score_95": [low, high], "solved": share or null,
+     "solved_95": [low, high] or null, "failed_rewards": int}
 
 EQUAL_NORM, changes brought to one length:
     {"norm": L2 of every change, "reference": name of the subject that it is of,
      "by": "whole" or "tensor",                # one length in all, or one for every tensor
-     "base_scores": [SCORE, ...],
      "controls": [{"name": str, "kind": "random" or "subject", "generation": int or null,
                    "norm": measured L2, "scale": factor on the change (null a tensor),
                    "seed": int or null, "kl": [KL, ...], "scores": [SCORE, ...]}, ...]}

@@ -1,0 +1,234 @@
+"""What a diagnosis looks at: runs, replayed from their journals, and checkpoints of any method.
+
+    for moment in subject.moments(base, at):       a run: the generations of `at`, rising
+        drift(moment.base, moment.tuned)
+
+A run's base is what it started from: the base model's file, mapped, in the dtype of the run. (Where
+a model holds its weights otherwise than its file does, a copy is made instead.) A moment's tensors
+are live: read them before the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from esfast.checkpoint import is_model_folder
+from esfast.errors import ConfigError, DataError
+from esfast.forgetting.drift import CheckpointTensors, Tensors, tensors_of
+from esfast.journal import Journal, journal_path, read_journal
+from esfast.models import load_model, model_folder
+from esfast.replay import replay, strategy_of, usual_dtype
+
+Steps = Callable[[int, int], None]
+"""Told, while a run is replayed: generations done, and the generation that is wanted next."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that fine-tunes start from; `tensors` are those of its files, mapped."""
+
+    name: str
+    folder: Path
+    tensors: CheckpointTensors
+
+    @classmethod
+    def of(cls, name: str) -> Base:
+        """A model by name or folder, as `esfast train --model` takes it."""
+        folder = model_folder(name)
+        return cls(name, folder, CheckpointTensors(folder))
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + tensor.numel()
+        usual = max(sizes, key=sizes.__getitem__)
+        return {"model": self.name, "dtype": usual, "elements": sum(sizes.values())}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A model at one generation (None for a checkpoint), and what it started from."""
+
+    generation: int | None
+    checksum: str | None
+    base: Tensors
+    tuned: Tensors
+
+
+class Subject(Protocol):
+    """A run or a checkpoint."""
+
+    name: str
+    source: str
+
+    def generations(self, at: Sequence[str], every: int | None) -> list[int | None]:
+        """The moments meant by `at` (numbers and "last") and `every`; ConfigError for others."""
+        ...
+
+    def moments(
+        self, base: Base, at: Sequence[int | None], after: Steps, threads: int | None
+    ) -> Iterator[Moment]:
+        """The moments of `at`, which rise. DataError where `base` is not what it started from."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values: SUBJECT of the package's head, without its measurements."""
+        ...
+
+
+class Run:
+    """A run, from its journal alone."""
+
+    def __init__(self, name: str, source: str, journal: Journal) -> None:
+        self.name, self.source, self.journal = name, source, journal
+
+    def generations(self, at: Sequence[str], every: int | None) -> list[int | None]:
+        """Rising, each once; ConfigError for one that the journal does not hold."""
+        done = len(self.journal.generations)
+        chosen = {done if word == "last" else _number(word) for word in at}
+        chosen |= set(range(0, done + 1, every)) if every else set()
+        beyond = [g for g in sorted(chosen) if not 0 <= g <= done]
+        if beyond:
+            raise ConfigError(
+                f"--at names generation {beyond[0]}, and the journal of {self.source} holds "
+                f"generations 0 to {done}."
+            )
+        return [*sorted(chosen)]
+
+    def moments(
+        self,
+        base: Base,
+        at: Sequence[int | None],
+        after: Steps = lambda done, wanted: None,
+        threads: int | None = None,
+    ) -> Iterator[Moment]:
+        """Replays, comparing every recorded checksum on the way."""
+        loaded = load_model(base.name, dtype=usual_dtype(self.journal.header))
+        es = strategy_of(self.journal, loaded.model, base.folder, threads=threads)
+        live = tensors_of(loaded.model)
+        before = _as_started(base.tensors, live)
+        for generation in at:
+            assert generation is not None
+            replay(es, self.journal, generation, True, partial(_told, after, generation))
+            yield Moment(generation, es.weights.checksum(), before, live)
+
+    def record(self) -> dict[str, Any]:
+        """With the settings that decide the run's result."""
+        header = self.journal.header
+        done = len(self.journal.generations)
+        settings = {**asdict(header.config), "memory": "master" if header.master else "lean"}
+        return {
+            "name": self.name,
+            "kind": "run",
+            "source": self.source,
+            "generations": done,
+            "chain": self.journal.chain_at(done),
+            "settings": settings,
+            "dtype": str(usual_dtype(header)).removeprefix("torch."),
+        }
+
+
+class Checkpoint:
+    """A model's folder, by whatever method it was tuned."""
+
+    def __init__(self, name: str, source: str, tensors: CheckpointTensors) -> None:
+        self.name, self.source, self.tensors = name, source, tensors
+
+    def generations(self, at: Sequence[str], every: int | None) -> list[int | None]:
+        """It has one moment, and no number for it."""
+        return [None]
+
+    def moments(
+        self,
+        base: Base,
+        at: Sequence[int | None],
+        after: Steps = lambda done, wanted: None,
+        threads: int | None = None,
+    ) -> Iterator[Moment]:
+        """The files' weights as they are."""
+        yield Moment(None, None, base.tensors, self.tensors)
+
+    def record(self) -> dict[str, Any]:
+        """Without what only a journal tells."""
+        usual = max(self.tensors.values(), key=torch.Tensor.numel).dtype
+        return {
+            "name": self.name,
+            "kind": "checkpoint",
+            "source": self.source,
+            "generations": None,
+            "chain": None,
+            "settings": None,
+            "dtype": str(usual).removeprefix("torch."),
+        }
+
+
+def open_subject(source: str, name: str) -> Subject:
+    """A run's folder, its journal or an exported one, or a model's folder; DataError for another
+    thing."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not journal_path(path).exists() and is_model_folder(path):
+        return Checkpoint(name, source, CheckpointTensors(path))
+    if not path.exists() or (path.is_dir() and not journal_path(path).exists()):
+        seen = "has neither a journal nor safetensors" if path.exists() else "is not there"
+        raise DataError(
+            f"'{source}' {seen}; give a run's folder (with its journal.esj), an exported journal, "
+            "or a model's folder with config.json and *.safetensors."
+        )
+    return Run(name, source, read_journal(path))
+
+
+def names_of(sources: Sequence[str]) -> list[str]:
+    """Short names to tell sources apart by: their last parts, with as much before as it takes."""
+    parts = [Path(source).expanduser().absolute().parts for source in sources]
+    longest = max((len(p) for p in parts), default=1)
+    for depth in range(1, longest + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("one run or checkpoint is given twice; give each once.")
+
+
+class _InDtypes(Mapping[str, torch.Tensor]):
+    """Tensors of a file in the dtypes that a model holds them in, cast when they are asked for."""
+
+    def __init__(self, tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._tensors, self._dtypes = tensors, dtypes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].to(self._dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
+
+    def __len__(self) -> int:
+        return len(self._dtypes)
+
+
+def _as_started(stored: Tensors, live: Tensors) -> Tensors:
+    """The weights of `live` as they are now, from the file where it holds them, else copied."""
+    if all(name in stored and stored[name].shape == t.shape for name, t in live.items()):
+        cast = _InDtypes(stored, {name: t.dtype for name, t in live.items()})
+        if all(torch.equal(cast[name], t.detach().cpu()) for name, t in live.items()):
+            return cast
+    return {name: t.detach().cpu().clone() for name, t in live.items()}
+
+
+def _told(after: Steps, wanted: int, done: int) -> None:
+    after(done, wanted)
+
+
+def _number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ConfigError(
+            f"--at has {word!r}; expected generations and 'last', such as 0,10,last."
+        ) from None
