@@ -21,6 +21,10 @@ ROUNDINGS = ("stochastic", "nearest")
 DECAYS = ("l1", "l2")
 
 
+PAPER_PRODUCT = {"l1": 0.01 * 5e-4, "l2": 10.0 * 5e-4}
+"""alpha * lambda in arXiv 2605.30148."""
+
+
 @dataclass(frozen=True)
 class AnchoredDecay:
     """Anchored weight decay (arXiv 2605.30148), applied to delta = w - anchor after the ES step.
@@ -37,6 +41,16 @@ class AnchoredDecay:
             raise ConfigError(f"decay {self.kind!r} is unknown; choose one of {', '.join(DECAYS)}.")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
+
+    @classmethod
+    def automatic(cls, kind: str, alpha: float) -> AnchoredDecay:
+        """The lambda at which alpha * lambda is the paper's: 5e-3 for l2, 5e-6 for l1.
+
+        It is the product that decides: what a decay holds on to and how fast it acts do not change
+        where alpha and lambda do but their product does not (time constant 1 / (alpha * lambda)
+        generations for l2). ConfigError as of the constructor.
+        """
+        return cls(kind, PAPER_PRODUCT.get(kind, 0.0) / alpha)
 
     def strength(self, alpha: float) -> float:
         """1 - alpha * lambda for l2 (ConfigError where not positive), alpha * lambda for l1.

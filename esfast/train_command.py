@@ -30,7 +30,14 @@ from esfast.run_folder import RunFolder, require_free
 from esfast.snapshots import SNAPSHOTS
 from esfast.tasks import Task
 from esfast.train import Trainer
-from esfast.train_flags import add_train_arguments, config_of, prior_of, strategy_of, task_of
+from esfast.train_flags import (
+    add_train_arguments,
+    config_of,
+    prior_of,
+    strategy_of,
+    task_of,
+    told_decay,
+)
 
 if TYPE_CHECKING:
     from esfast.engines.transformers import TransformersEngine
@@ -90,6 +97,8 @@ def _train(
     )
     trainer.rollout.workers = workers
     trainer.prior = prior
+    for line in told_decay(args, config.strategy):
+        trainer.progress.note(line)
     result = trainer.run()
     print_result(trainer.progress.console, result, output)
     if args.plots:

@@ -28,6 +28,7 @@ from esfast.weights import MEMORIES
 
 DTYPES = ("bfloat16", "float16", "float32")
 PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
+AUTO = "auto"
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,13 @@ def add_strategy_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shaping", choices=METHODS, default="rank")
     group.add_argument("--rounding", choices=ROUNDINGS, default="stochastic")
     group.add_argument("--weight-decay-type", choices=("none", *DECAYS), default="none")
-    group.add_argument("--weight-decay-lambda", type=finite, default=None, metavar="LAMBDA")
+    group.add_argument(
+        "--weight-decay-lambda",
+        type=finite_or_auto,
+        default=None,
+        metavar="LAMBDA",
+        help="auto: the paper's alpha * lambda (5e-3 l2, 5e-6 l1) at the alpha given",
+    )
     group.add_argument("--seed", type=natural, default=0)
 
 
@@ -116,7 +123,9 @@ def strategy_of(args: argparse.Namespace) -> StrategyConfig:
     if kind == "none" and weight is not None:
         raise ConfigError("--weight-decay-lambda needs --weight-decay-type l1 or l2.")
     decay = None
-    if kind != "none":
+    if kind != "none" and weight == AUTO:
+        decay = AnchoredDecay.automatic(kind, args.alpha)
+    elif kind != "none":
         decay = AnchoredDecay(kind, PAPER_LAMBDA[kind] if weight is None else weight)
     return StrategyConfig(
         sigma=args.sigma,
@@ -129,6 +138,18 @@ def strategy_of(args: argparse.Namespace) -> StrategyConfig:
         decay=decay,
         rounding=args.rounding,
     )
+
+
+def told_decay(args: argparse.Namespace, strategy: StrategyConfig) -> list[str]:
+    """What --weight-decay-lambda auto came to, as a line; none where it was not asked for."""
+    decay = strategy.decay
+    if decay is None or args.weight_decay_lambda != AUTO:
+        return []
+    product = strategy.alpha * decay.weight
+    return [
+        f"{decay.kind} decay with lambda {decay.weight:.6g}: alpha * lambda is {product:g}, as in "
+        f"arXiv 2605.30148, at alpha {strategy.alpha:g}"
+    ]
 
 
 def config_of(args: argparse.Namespace, strategy: StrategyConfig, task: Task) -> TrainConfig:
@@ -248,3 +269,8 @@ def not_negative(text: str) -> float:
 def finite(text: str) -> float:
     """An argparse type: a finite number."""
     return _number(text, float, math.isfinite, "a finite number")
+
+
+def finite_or_auto(text: str) -> float | str:
+    """An argparse type: a finite number, or "auto"."""
+    return AUTO if text == AUTO else _number(text, float, math.isfinite, "a number or 'auto'")
