@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esfast.errors import ParameterError
 
-_COPIES = ("aten::clone", "aten::_to_copy")
+# In inference mode the first two arrive as they are called, elsewhere as the other two.
+_COPIES = ("aten::contiguous", "aten::to", "aten::clone", "aten::_to_copy")
 
 
 class _InPlaceOfCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]

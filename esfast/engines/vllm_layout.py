@@ -29,8 +29,9 @@ from esfast.parameters import Segment
 
 _COPIES = ("aten::copy_",)
 _FILLS = ("aten::fill_", "aten::zero_")
-# Same values in another place or type: the copy to the parameter follows.
-_MOVES = ("aten::_to_copy", "aten::clone")
+# Same values in another place or type: the copy to the parameter follows. (In inference mode the
+# first two arrive as they are called, elsewhere as the other two.)
+_MOVES = ("aten::contiguous", "aten::to", "aten::clone", "aten::_to_copy")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copied: dict[_Copied, None] = {}
+        self.filled = Counter[str]()
         self._parameters = {
             _storage(p): name for name, p in model.named_parameters() if p.numel() and not p.is_meta
         }
@@ -73,11 +75,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         if name in _COPIES:
             self._note(args[0], args[1])
-        elif name not in _FILLS and _storage(written[0]) in self._parameters:
-            raise ParameterError(
-                f"vLLM's loader writes to '{self._parameters[_storage(written[0])]}' by {name}, "
-                "which cannot be mapped to elements of the checkpoint. " + _ELSEWHERE
-            )
+        elif (parameter := self._parameters.get(_storage(written[0]))) is not None:
+            if name not in _FILLS:
+                raise ParameterError(
+                    f"vLLM's loader writes to '{parameter}' by {name}, which cannot be mapped to "
+                    f"elements of the checkpoint. {_ELSEWHERE}"
+                )
+            self.filled[parameter] += written[0].numel()  # padding, where no copy follows
         return written[0]
 
     def _name(self, tensor: Any) -> str | None:
@@ -144,23 +148,22 @@ def segments(
     parallelism, weights that vLLM computes while loading, and parameters that nothing is loaded to.
     """
     _refuse(model)
-    copied = _trace(model, checkpoint)
-    _check_coverage(model, copied)
+    watch = _trace(model, checkpoint)
+    copied = list(watch.copied)
+    _check_coverage(model, copied, watch.filled)
     parameters = dict(model.named_parameters())
-    found = [
-        _segment(note, tuple(checkpoint[note.name]), parameters[note.parameter]) for note in copied
-    ]
-    wanted = [s for s in found if only is None or s.name in only]
+    wanted = [note for note in copied if only is None or note.name in only]
     held = Counter[str]()
-    for segment in wanted:
-        held[segment.name] += segment.tensor.numel()
-    owners = {note.name: _owner(model, note.parameter) for note in copied}
-    counted = {
-        name: tp_rank % _copies(owners[name], held[name], math.prod(checkpoint[name]), tp_size) == 0
-        for name in held
-    }
-    wanted.sort(key=lambda s: (s.name, s.origin))
-    return [replace(s, counted=counted[s.name]) for s in wanted]
+    for note in wanted:
+        held[note.name] += math.prod(note.sizes)
+    found = []
+    for note in wanted:
+        shape = tuple(checkpoint[note.name])
+        segment = _segment(note, shape, parameters[note.parameter])
+        everywhere = held[note.name] == math.prod(shape)
+        copies = tp_size if everywhere else _replicas(model, note)
+        found.append(replace(segment, counted=tp_rank % copies == 0))
+    return sorted(found, key=lambda segment: (segment.name, segment.origin))
 
 
 def _refuse(model: torch.nn.Module) -> None:
@@ -187,7 +190,7 @@ def _refuse(model: torch.nn.Module) -> None:
             )
 
 
-def _trace(model: Any, checkpoint: Mapping[str, Sequence[int]]) -> list[_Copied]:
+def _trace(model: Any, checkpoint: Mapping[str, Sequence[int]]) -> _Watch:
     before = [(name, p.data_ptr()) for name, p in model.named_parameters()]
     dtype = next(model.parameters()).dtype
     watch = _Watch(model)
@@ -212,30 +215,29 @@ def _trace(model: Any, checkpoint: Mapping[str, Sequence[int]]) -> list[_Copied]
             f"vLLM's {type(model).__name__} replaced parameters while its loader was followed, so "
             f"this engine cannot go on. {_ELSEWHERE}"
         )
-    return list(watch.copied)
+    return watch
 
 
-def _owner(model: torch.nn.Module, parameter: str) -> torch.nn.Module:
-    return model.get_submodule(parameter.rpartition(".")[0])
+def _replicas(model: torch.nn.Module, note: _Copied) -> int:
+    """How many consecutive ranks hold these elements, of a tensor that no rank holds whole."""
+    module, _, own = note.parameter.rpartition(".")
+    layer: Any = model.get_submodule(module)
+    replicas = int(getattr(layer, "num_kv_head_replicas", 1))
+    if replicas == 1:
+        return 1
+    parameter = getattr(layer, own)
+    row = (note.target[1] - parameter.storage_offset()) // parameter.stride(0)
+    return replicas if row >= layer.num_heads * layer.head_size else 1  # queries come first
 
 
-def _copies(owner: Any, held: int, whole: int, tp_size: int) -> int:
-    """How many consecutive ranks hold the same elements of a canonical tensor."""
-    if held == whole:
-        return tp_size
-    if getattr(owner, "num_kv_head_replicas", 1) > 1:
-        return held * tp_size // whole  # 1 for the query heads
-    return 1
-
-
-def _check_coverage(model: torch.nn.Module, copied: Iterable[_Copied]) -> None:
-    filled = Counter[str]()
+def _check_coverage(model: torch.nn.Module, copied: Iterable[_Copied], padded: Counter) -> None:
+    filled = Counter(padded)
     for note in copied:
         filled[note.parameter] += math.prod(note.sizes)
     bare = [
         f"'{name}' ({p.numel() - filled[name]} of {p.numel()} elements)"
         for name, p in model.named_parameters()
-        if filled[name] != p.numel() - _padding(_owner(model, name), p)
+        if filled[name] < p.numel()
     ]
     if bare:
         raise ParameterError(
@@ -243,15 +245,6 @@ def _check_coverage(model: torch.nn.Module, copied: Iterable[_Copied]) -> None:
             f"from no tensor of the checkpoint: {', '.join(bare[:3])}. An edit would miss them; "
             f"name the checkpoint that the engine loaded. {_ELSEWHERE}"
         )
-
-
-def _padding(owner: Any, parameter: torch.Tensor) -> int:
-    """Elements that pad a parameter: vocabulary rows, and experts' sizes that were rounded up."""
-    shard = getattr(owner, "shard_indices", None)
-    if shard is not None and parameter.shape[0] == shard.num_elements_padded:
-        rows = shard.num_elements_padded - shard.num_org_elements - shard.num_added_elements
-        return rows * math.prod(parameter.shape[1:])
-    return 0
 
 
 def _segment(note: _Copied, shape: tuple[int, ...], parameter: torch.Tensor) -> Segment:
