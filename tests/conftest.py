@@ -2,11 +2,13 @@
 
 `target` switches the core inside the process (ESFAST_TARGET is read once, at import, and has its
 own test) and gives the default back afterwards. A test that asks for it runs once a target that
-this machine can execute. Tests marked `slow` run only where -m asks for them.
+this machine can execute. Tests marked `slow` run only where -m asks for them; those marked `vllm`
+wherever vLLM is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -18,6 +20,11 @@ os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing = pytest.mark.skip(reason="vLLM is not installed here; see CONTRIBUTING.md")
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(missing)
     if config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="slow; run with -m slow")
