@@ -1,5 +1,5 @@
-// Eight lanes: AVX2, FMA and F16C (Haswell, Zen 1 and later). See scalar.hpp for the operations and
-// avx512.hpp for how Philox's words lie in 64-bit lanes.
+// Eight lanes: AVX2, FMA, F16C and POPCNT (Haswell, Zen 1 and later). See scalar.hpp for the
+// operations and avx512.hpp for how Philox's words lie in 64-bit lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 
 namespace esfast::ESFAST_LANES {
 
-struct Avx2 : MarkedOneByOne {
+struct Avx2 {
   static constexpr int width = 8;
   static constexpr int vectors = 2;
   static constexpr int batches = 3;
@@ -158,7 +158,55 @@ struct Avx2 : MarkedOneByOne {
     z[3] = _mm256_unpackhi_epi64(b, d);
   }
 
+  // Whole registers: the caller keeps 64 bytes of slack at both ends of a record.
+  template <int bytes>
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    for (int half = 0; half < 2; ++half, from += 8 * bytes, marked >>= 8) {
+      const uint32_t marks = marked & 0xFF;
+      if (bytes == 2)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_shuffle_epi8(load128(from), words_at(kMarks.order[marks])));
+      else
+        store32(to, _mm256_permutevar8x32_epi32(load32(from), places(kMarks.order[marks])));
+      to += bytes * __builtin_popcount(marks);
+    }
+    return to;
+  }
+  template <int bytes>
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    for (int half = 0; half < 2; ++half, to += 8 * bytes, marked >>= 8) {
+      const uint32_t marks = marked & 0xFF;
+      if (bytes == 2) {
+        const __m128i bit = _mm_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m128i all = _mm_set1_epi16(static_cast<int16_t>(marks));
+        const __m128i kept = _mm_shuffle_epi8(load128(from), words_at(kMarks.rank[marks]));
+        _mm_storeu_si128(
+            reinterpret_cast<__m128i*>(to),
+            _mm_blendv_epi8(load128(to), kept, _mm_cmpeq_epi16(_mm_and_si128(all, bit), bit)));
+      } else {
+        const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(set(marks), bit), bit);
+        const __m256i kept = _mm256_permutevar8x32_epi32(load32(from), places(kMarks.rank[marks]));
+        store32(to, _mm256_blendv_epi8(load32(to), kept, chosen));
+      }
+      from += bytes * __builtin_popcount(marks);
+    }
+    return from;
+  }
+
  private:
+  ESFAST_FN __m128i load128(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+  ESFAST_FN __m256i places(const uint8_t (&eight)[8]) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+  }
+  // The bytes 2k and 2k + 1 of each of eight places k.
+  ESFAST_FN __m128i words_at(const uint8_t (&eight)[8]) {
+    const __m128i at = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight));
+    const __m128i first = _mm_add_epi8(at, at);
+    return _mm_unpacklo_epi8(first, _mm_or_si128(first, _mm_set1_epi8(1)));
+  }
   ESFAST_FN u32 narrow(wide a) {
     return _mm256_blend_epi32(a.even, _mm256_castps_si256(_mm256_moveldup_ps(ps(a.odd))), 0xAA);
   }

@@ -12,7 +12,7 @@
 
 namespace esfast::ESFAST_LANES {
 
-struct Neon : MarkedOneByOne {
+struct Neon {
   static constexpr int width = 4;
   static constexpr int vectors = 2;
   static constexpr int batches = 2;
@@ -150,7 +150,50 @@ struct Neon : MarkedOneByOne {
     z[3] = zip64_high(b, d);
   }
 
+  // Whole registers: the caller keeps 64 bytes of slack at both ends of a record.
+  template <int bytes>
+  ESFAST_FN uint8_t* compress(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    pick<bytes>(to, from, kMarks.order[marked]);
+    return to + bytes * __builtin_popcount(marked);
+  }
+  template <int bytes>
+  ESFAST_FN const uint8_t* expand(uint8_t* to, uint32_t marked, const uint8_t* from) {
+    uint8_t kept[8 * bytes];
+    pick<bytes>(kept, from, kMarks.rank[marked]);
+    for (int i = 0; i < 8 * bytes; i += 16) {
+      const uint8x16_t chosen = marked_bytes<bytes>(marked >> (i / bytes));
+      vst1q_u8(to + i, vbslq_u8(chosen, vld1q_u8(kept + i), vld1q_u8(to + i)));
+    }
+    return from + bytes * __builtin_popcount(marked);
+  }
+
  private:
+  // The elements at eight places of the eight at `from`.
+  template <int bytes>
+  ESFAST_FN void pick(uint8_t* to, const uint8_t* from, const uint8_t (&eight)[8]) {
+    const uint16x8_t places = vmovl_u8(vld1_u8(eight));
+    if (bytes == 2) {
+      const uint16x8_t at = vmlaq_u16(vdupq_n_u16(0x0100), places, vdupq_n_u16(0x0202));
+      vst1q_u8(to, vqtbl1q_u8(vld1q_u8(from), vreinterpretq_u8_u16(at)));
+      return;
+    }
+    const uint8x16x2_t all = {{vld1q_u8(from), vld1q_u8(from + 16)}};
+    const uint32x4_t first = vmovl_u16(vget_low_u16(places)), second = vmovl_high_u16(places);
+    const uint32x4_t zero = vdupq_n_u32(0x03020100u), four = vdupq_n_u32(0x04040404u);
+    vst1q_u8(to, vqtbl2q_u8(all, vreinterpretq_u8_u32(vmlaq_u32(zero, first, four))));
+    vst1q_u8(to + 16, vqtbl2q_u8(all, vreinterpretq_u8_u32(vmlaq_u32(zero, second, four))));
+  }
+  // All bits of the elements whose mark is set, of the 16 / bytes that fit a register.
+  template <int bytes>
+  ESFAST_FN uint8x16_t marked_bytes(uint32_t marked) {
+    if (bytes == 2) {
+      const uint16_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+      return vreinterpretq_u8_u16(
+          vtstq_u16(vdupq_n_u16(static_cast<uint16_t>(marked)), vld1q_u16(bit)));
+    }
+    const uint32_t bit[4] = {1, 2, 4, 8};
+    return vreinterpretq_u8_u32(vtstq_u32(vdupq_n_u32(marked), vld1q_u32(bit)));
+  }
   ESFAST_FN uint32x4_t zip64_low(uint32x4_t a, uint32x4_t b) {
     return vreinterpretq_u32_u64(vzip1q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b)));
   }
