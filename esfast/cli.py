@@ -25,6 +25,7 @@ from esfast.replay_command import (
     run_export,
     run_replay,
 )
+from esfast.report_command import add_report_arguments, run_report
 from esfast.train_command import run_train
 from esfast.train_flags import add_train_arguments
 
@@ -87,6 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
         )
         bench.add_bench_arguments(measured)
         measured.set_defaults(run=bench.run_bench)
+    reported = commands.add_parser(
+        "report", help="run folders as one HTML file: curves, drift, cost", allow_abbrev=False
+    )
+    add_report_arguments(reported)
+    reported.set_defaults(run=run_report)
     shown = commands.add_parser("info", help="versions, targets, devices, build")
     shown.set_defaults(run=_run_info)
     return parser

@@ -1,0 +1,310 @@
+"""Sections on how it was done: what was run, what it cost, with which settings, from what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esfast.html_report.drawing import Theme, curve, grid_of, legend_below, plain
+from esfast.html_report.page import (
+    DASH,
+    Html,
+    Missing,
+    Section,
+    code,
+    flat,
+    joined,
+    large,
+    percent,
+    seconds,
+    table,
+    text,
+)
+from esfast.html_report.pictures import Pictures
+from esfast.html_report.report_data import Points, ReportData, strategy_of, swatch
+from esfast.html_report.run_data import RunData
+from esfast.journal_format import MarkRecord
+from esfast.measure import LOOP
+from esfast.resources import readable
+
+APART = ("evaluation", "prior tasks")
+"""Parts of the clock that measure rather than train."""
+
+
+def what_was_run(report: ReportData) -> Section:
+    """A row a group: method, model, task, and the settings that a reader looks for first."""
+    section = Section("run", "What was run")
+    head = ("runs", "method", "model", "task", "settings", "seeds", "state")
+    rows = [
+        (
+            swatch(group.number, group.label),
+            group.runs[0].method,
+            joined([str(group.runs[0].config.get("model", DASH)), ", ",
+                    str(group.runs[0].config.get("dtype", DASH))]),
+            task_name(group.runs[0]),
+            _main_settings(group.runs[0]),
+            ", ".join(str(_seed(run)) for run in group.runs),
+            ", ".join(dict.fromkeys(_state(run) for run in group.runs)),
+        )
+        for group in report.groups
+    ]  # fmt: skip
+    section.parts.append(table(head, rows, kind="words"))
+    return section
+
+
+def _seed(run: RunData) -> object:
+    settings = run.config["settings"]
+    return strategy_of(run.config).get("seed", settings.get("seed", DASH))
+
+
+def _state(run: RunData) -> str:
+    return str(run.summary["status"]) if run.summary else "not finished"
+
+
+def task_name(run: RunData) -> str:
+    """The task that was trained on."""
+    task = run.config.get("task")
+    return str(task.get("name", DASH)) if isinstance(task, Mapping) else str(task or DASH)
+
+
+def _main_settings(run: RunData) -> str:
+    settings, strategy = run.config["settings"], strategy_of(run.config)
+    parts = [f"{settings.get('generations', DASH)} generations",
+             f"{settings.get('prompts', DASH)} prompts"]  # fmt: skip
+    if strategy:
+        parts += [
+            f"N {strategy['population_size']}",
+            f"σ {strategy['sigma']:g}",
+            f"α {strategy['alpha']:g}",
+        ]
+        decay = strategy.get("decay")
+        parts.append(f"{decay['kind']} λ {decay['weight']:g}" if decay else "no decay")
+    else:
+        parts += [
+            f"{label} {settings[name]:g}"
+            for name, label in (("group_size", "group size"), ("learning_rate", "learning rate"),
+                                ("iterations", "iterations"), ("beta", "β"))
+            if isinstance(settings.get(name), (int, float))
+        ]  # fmt: skip
+    return ", ".join(parts)
+
+
+# --- cost ----------------------------------------------------------------------------------------
+
+
+def cost(report: ReportData, pictures: Pictures) -> Section:
+    """Tokens, FLOPs, seconds and memory; and the score by what it had cost so far."""
+    section = Section("cost", "What it cost")
+    rows = [_cost_row(report, run) for run in report.runs if run.summary]
+    if rows:
+        head = ("run", "prompt tokens", "generated tokens", "read again", "backward tokens",
+                "forward FLOPs", "backward FLOPs", "FLOPs", "training time", "measuring time",
+                "not generating or scoring", "peak memory", "over generating alone")  # fmt: skip
+        formulas = dict.fromkeys(
+            run.summary["cost"]["formula"] for run in report.runs
+            if run.summary and run.summary.get("cost")
+        )  # fmt: skip
+        said = "Of training; measuring is held-out and prior evaluation. "
+        section.parts.append(table(head, rows, said + "; ".join(formulas)))
+    section.parts += _by_cost(report, pictures)
+    section.parts += _times(report, pictures)
+    section.missing += [
+        Missing(run.name, "the account of tokens and FLOPs (the run is of an earlier esfast)", None)
+        for run in report.runs
+        if run.summary and not run.summary.get("cost")
+    ]
+    section.missing += [
+        Missing(run.name, "the summary: the run is not finished",
+                f"esfast {'grpo' if run.method == 'GRPO' else 'train'} --resume {run.path}")
+        for run in report.runs
+        if not run.summary
+    ]  # fmt: skip
+    return section
+
+
+def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
+    assert run.summary is not None
+    summary, training = run.summary, (run.summary.get("cost") or {}).get("training", {})
+    spent = summary.get("seconds", {})
+    peak, ratio = summary.get("peak_bytes"), summary.get("peak_over_inference")
+    names = ("prompt", "generated", "reread", "backward", "forward_flops", "backward_flops",
+             "flops")  # fmt: skip
+    return (
+        report.named(run),
+        *(large(training.get(name)) for name in names),
+        seconds(_training_seconds(spent)),
+        seconds(sum(spent.get(part, 0.0) for part in APART)),
+        percent(summary.get("outside_share_of_loop")),
+        DASH if peak is None else readable(peak),
+        DASH if ratio is None else f"{ratio:.2f} ×",
+    )
+
+
+def _training_seconds(spent: Mapping[str, float]) -> float:
+    """All but evaluation, loading and saving."""
+    return sum(spent.get(part, 0.0) for part in LOOP)
+
+
+def _by_cost(report: ReportData, pictures: Pictures) -> list[Html]:
+    timed = report.series(lambda run: _score_by(run, _seconds_at(run)))
+    counted = report.series(lambda run: _score_by(run, _flops_at(run)))
+    if report.seeds or not timed:  # seeds take different times: there is no common axis
+        return []
+
+    def draw(figure: Any, theme: Theme) -> None:
+        panels = grid_of(figure, 2 if counted else 1, 2)
+        for series in timed:
+            curve(panels[0], series, theme)
+        panels[0].set(xlabel="seconds of training", ylabel="held-out score")
+        for series in counted:
+            curve(panels[-1], series, theme)
+        if counted:
+            panels[-1].set(xlabel="FLOPs of training", ylabel="held-out score")
+        legend_below(figure, panels[0])
+
+    return [
+        pictures.add(
+            "score_by_cost", draw, 3.2, "Held-out score by what training had cost until then."
+        )
+    ]
+
+
+def _score_by(run: RunData, axis: Mapping[int, float]) -> Points | None:
+    records = [r for r in run.held_out if r["generation"] in axis]
+    return Points(
+        [axis[r["generation"]] for r in records],
+        [r["score"] for r in records],
+        [r["score_95"][0] for r in records],
+        [r["score_95"][1] for r in records],
+    )
+
+
+def _seconds_at(run: RunData) -> dict[int, float]:
+    """Training seconds so far, by generation. A row's clock stops before its own evaluation."""
+    timed = {row["generation"]: _training_seconds(row["total_seconds"]) for row in run.rows}
+    return {0: 0.0, **timed} if timed else {}
+
+
+def _flops_at(run: RunData) -> dict[int, float]:
+    """Training FLOPs so far, by generation; the formula of esfast.cost."""
+    from esfast.cost import Tokens
+
+    parameters = ((run.summary or {}).get("cost") or {}).get("parameters")
+    rows = [row for row in run.rows if row.get("cost")]
+    if parameters is None or not rows:
+        return {}
+    counted = {
+        row["generation"]: float(sum(Tokens(**row["cost"]["training"]).flops(parameters)))
+        for row in rows
+    }
+    return {0: 0.0, **counted}
+
+
+def _times(report: ReportData, pictures: Pictures) -> list[Html]:
+    runs = [run for run in report.runs if run.summary and run.summary.get("seconds")]
+    if not runs:
+        return []
+    parts = list(dict.fromkeys(part for run in runs for part in _spent(run)))
+
+    def draw(figure: Any, theme: Theme) -> None:
+        (axes,) = grid_of(figure, 1, 1)
+        left = [0.0] * len(runs)
+        for index, part in enumerate(parts):
+            widths = [_spent(run).get(part, 0.0) for run in runs]
+            again = index // len(theme.groups)  # a second turn of the colours is paler
+            axes.barh(range(len(runs)), widths, left=left, color=theme.colour(index),
+                      alpha=0.45 if again else 1.0, label=plain(part), height=0.6)  # fmt: skip
+            left = [before + width for before, width in zip(left, widths, strict=True)]
+        axes.set_yticks(range(len(runs)), [plain(run.name) for run in runs])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel="seconds")
+        legend_below(figure, axes, columns=7)
+
+    return [pictures.add("time", draw, 1.1 + 0.24 * len(runs), "Where the wall time went.")]
+
+
+def _spent(run: RunData) -> Mapping[str, float]:
+    assert run.summary is not None
+    return run.summary["seconds"]
+
+
+# --- settings and provenance ---------------------------------------------------------------------
+
+
+def settings(report: ReportData) -> Section:
+    """Every setting, a column a group; those that differ are marked."""
+    section = Section("settings", "Configuration")
+    columns = [flat(group.runs[0].config["settings"]) for group in report.groups]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = []
+    for name in names:
+        values = [column.get(name, DASH) for column in columns]
+        differ = len(set(values)) > 1
+        rows.append((name, *(_marked(value) if differ else value for value in values)))
+    head = ("setting", *(swatch(group.number, group.label) for group in report.groups))
+    section.parts.append(table(head, rows, "Marked: what differs between the runs.", kind="words"))
+    return section
+
+
+def _marked(value: str) -> Html:
+    return Html(f'<span class="changed">{text(value)}</span>')
+
+
+def provenance(report: ReportData) -> Section:
+    """How each run was made, so that it can be made again, and what proves that it was this one."""
+    section = Section("provenance", "Versions, commands, checksums")
+    for run in report.runs:
+        rows = [(name, value) for name, value in _made(run) if value not in (None, "")]
+        section.parts.append(table((report.named(run), ""), rows, kind="words"))
+    return section
+
+
+def _made(run: RunData) -> list[tuple[str, object]]:
+    made = run.config["made"]
+    packages = {"Python": made.get("python"), **made.get("packages", {})}
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    commit = f", commit {made['commit']}" if made.get("commit") else ""
+    return [
+        ("command", code(made.get("command", DASH))),
+        ("folder", code(run.path)),
+        ("started", made.get("started")),
+        ("esfast", f"{made.get('esfast')}{commit}, noise version {made.get('noise_version')}, "
+                   f"{made.get('target')}"),
+        ("versions", versions),
+        ("machine", f"{made.get('platform', DASH)}; device {run.config.get('device', DASH)}"),
+        ("task", _digest(run)),
+        ("tuned", _tuned(run)),
+        *_journal(run),
+    ]  # fmt: skip
+
+
+def _digest(run: RunData) -> str | None:
+    task = run.config.get("task")
+    return (
+        ", ".join(f"{k} {v}" for k, v in flat(task).items()) if isinstance(task, Mapping) else None
+    )
+
+
+def _tuned(run: RunData) -> str | None:
+    """What was tuned and what not, where the run says so (GRPO)."""
+    tuning = run.config.get("tuning")
+    if not tuning:
+        return None
+    return f"{tuning['tuned']}. Not tuned: {tuning['not_tuned']}"
+
+
+def _journal(run: RunData) -> list[tuple[str, object]]:
+    if run.journal is None:
+        return [("journal", "none")]
+    journal = run.journal
+    marks = [record for record in journal.records if isinstance(record, MarkRecord)]
+    at_end = f"; weights {marks[-1].checksum} after {marks[-1].generation}" if marks else ""
+    return [
+        (
+            "journal",
+            joined([f"{len(journal.generations)} generations, check value ",
+                    code(journal.chains[-1].hex()), f"; base {journal.header.base_checksum}",
+                    at_end, f"; {journal.torn}" if journal.torn else ""]),
+        )
+    ]  # fmt: skip

@@ -1,0 +1,370 @@
+"""Sections on what became of the weights, from the diagnostics of `esfast forgetting`: how much,
+where, how sparsely; and the law that the norm follows, from the journal alone."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from esfast.forgetting.laws import l2_plateau_norm, norms_of_coefficients, time_constant
+from esfast.html_report.drawing import Theme, grid_of, legend_below, plain, whole_generations
+from esfast.html_report.page import (
+    DASH,
+    Html,
+    Missing,
+    Section,
+    number,
+    paragraph,
+    percent,
+    table,
+)
+from esfast.html_report.pictures import Pictures
+from esfast.html_report.report_data import ReportData, strategy_of, swatch
+from esfast.html_report.run_data import DIAGNOSTICS, RunData, Subject
+
+OUTSIDE = "outside layers"
+PANELS = 3
+SPARSE = 1e-6
+HEAT = "viridis"
+Cell = Mapping[str, Any]
+
+
+def no_diagnostics(report: ReportData, what: str) -> list[Missing]:
+    """A line for each run that `esfast forgetting` has not measured."""
+    return [
+        Missing(run.name, what, forgetting_command(run))
+        for run in report.runs
+        if run.subject is None
+    ]
+
+
+def forgetting_command(run: RunData) -> str:
+    """What measures this run, and puts it where the report looks."""
+    source = run.path / "model" if run.method == "GRPO" else run.path
+    return " ".join(
+        ["esfast forgetting", shlex.quote(str(source)), "--base", _base(run), "--output",
+         shlex.quote(str(run.path / DIAGNOSTICS.parent))]
+    )  # fmt: skip
+
+
+def _base(run: RunData) -> str:
+    return shlex.quote(str(run.config.get("model", "MODEL")))
+
+
+def law(report: ReportData, pictures: Pictures) -> Section:
+    """Measured norms beside those that the journal's coefficients imply, and the closed forms."""
+    section = Section("law", "How far the weights went, and the law of it")
+    lawful = [run for run in report.runs if run.journal and _law(run) is not None]
+    if lawful or report.subjects:
+        section.parts.append(_law_picture(report, pictures))
+        section.parts.append(_law_table(report))
+    section.missing += no_diagnostics(report, "measured norms")
+    section.missing += [
+        Missing(run.name, "the law (no journal: it is of evolution strategies)", None)
+        for run in report.runs
+        if run.journal is None
+    ]
+    return section
+
+
+def _elements(run: RunData) -> int:
+    assert run.journal is not None
+    return sum(math.prod(tensor.shape) for tensor in run.journal.header.tensors)
+
+
+def _law(run: RunData) -> np.ndarray | None:
+    """Norms by generation from the journal's coefficients; None where there is no law (l1)."""
+    decay = strategy_of(run.config).get("decay")
+    if run.journal is None or (isinstance(decay, Mapping) and decay["kind"] != "l2"):
+        return None
+    return norms_of_coefficients(run.journal.generations, _elements(run))
+
+
+def _law_picture(report: ReportData, pictures: Pictures) -> Html:
+    def draw(figure: Any, theme: Theme) -> None:
+        (axes,) = grid_of(figure, 1, 1)
+        for group in report.groups:
+            norms = _law(group.runs[0])
+            if norms is not None:
+                axes.plot(range(len(norms)), norms, "--", color=theme.colour(group.number),
+                          linewidth=1, label=plain(f"{group.label}, law"))  # fmt: skip
+        for index, label, members in report.subject_groups:
+            _norm_points(axes, theme, index, label, members)
+        axes.set(xlabel="generation", ylabel="L2 norm of the change", ylim=(0, None))
+        whole_generations(axes)
+        legend_below(figure, axes)
+
+    return pictures.add(
+        "norm_law", draw, 3.6,
+        "Points: norm of the change of the weights, measured. Dashed: what noise alone gives with "
+        "the run's own coefficients, V ← k² (V + Σ c²), norm = √(d V), k = 1 − αλ under l2 decay. "
+        "Where they agree, nearly all of the distance is noise, and little of it direction.",
+    )  # fmt: skip
+
+
+def _norm_points(
+    axes: Any, theme: Theme, index: int, label: str, members: Sequence[Subject]
+) -> None:
+    colour, named = theme.colour(index), False
+    for subject in members:
+        points = [(d["generation"], d["whole"]["norm"]) for d in subject.record["drift"]]
+        timed = [point for point in points if point[0] is not None]
+        said = None if named else plain(label)
+        if timed:
+            axes.plot([g for g, _ in timed], [n for _, n in timed], "o", color=colour, label=said)
+        elif points:  # a checkpoint has no generation
+            axes.axhline(points[-1][1], color=colour, linewidth=1, linestyle=":",
+                         label=said and f"{said} (checkpoint)")  # fmt: skip
+        named = named or bool(points)
+
+
+def _law_table(report: ReportData) -> Html:
+    head = ("run", "α", "N", "λ", "T", "d", "norm measured", "law, own coefficients",
+            "measured / law", "α √(T d / N)", "l2 plateau", "1 / (α λ)")  # fmt: skip
+    rows = [_law_row(report, run) for run in report.runs]
+    rows += [_extra_row(index, extra) for index, extra in _extras(report)]
+    return table(head, rows, "Norms in units of the weights; d weights, T generations.")
+
+
+def _extras(report: ReportData) -> list[tuple[int, Subject]]:
+    return [(n, s) for n, s in report.subjects if s in report.extras]
+
+
+def _law_row(report: ReportData, run: RunData) -> Sequence[object]:
+    last = run.subject.last if run.subject else None
+    measured = last["whole"]["norm"] if last else None
+    strategy = strategy_of(run.config)
+    if run.journal is None or not strategy:
+        return (report.named(run), *[DASH] * 5, number(measured), *[DASH] * 5)
+    alpha, members = float(strategy["alpha"]), int(strategy["population_size"])
+    decay, elements = strategy.get("decay"), _elements(run)
+    done = len(run.journal.generations)
+    at = done if last is None or last["generation"] is None else int(last["generation"])
+    norms = _law(run)
+    expected = None if norms is None or at >= len(norms) else float(norms[at])
+    l2 = isinstance(decay, Mapping) and decay["kind"] == "l2" and decay["weight"] > 0
+    weight = float(decay["weight"]) if isinstance(decay, Mapping) else 0.0
+    return (
+        report.named(run), number(alpha, 2), members, number(weight, 3) if decay else DASH, at,
+        f"{elements:,}", number(measured, 4), number(expected, 4),
+        DASH if measured is None or not expected else f"{measured / expected:.3f}",
+        number(alpha * math.sqrt(at * elements / members), 4),
+        number(l2_plateau_norm(alpha, weight, members, elements), 4) if l2 else DASH,
+        number(time_constant(alpha, weight)) if l2 else DASH,
+    )  # fmt: skip
+
+
+def _extra_row(index: int, subject: Subject) -> Sequence[object]:
+    last = subject.last
+    norm = number(last["whole"]["norm"], 4) if last else DASH
+    return (swatch(index, subject.name), *[DASH] * 5, norm, *[DASH] * 5)
+
+
+# --- where ---------------------------------------------------------------------------------------
+
+
+def drift(report: ReportData, pictures: Pictures) -> Section:
+    """The change at the last measured generation: in all, by module group, by layer."""
+    section = Section("drift", "Where the weights moved")
+    measured = [(index, subject) for index, subject in report.subjects if subject.last]
+    if measured:
+        section.parts.append(_whole_table(measured))
+        said = "Norm of the change over the norm of the base, by module group."
+        section.parts.append(_group_table(measured, "relative_norm", number, said))
+        section.parts.append(
+            _heat(
+                report,
+                pictures,
+                "drift_layers",
+                lambda cell: cell["relative_norm"],
+                "change / base",
+                "Relative norm of the change, a layer and module group; the first run of each "
+                "group of seeds. One colour scale for all panels.",
+            )
+        )
+    section.missing += no_diagnostics(report, "the change by layer and module group")
+    return section
+
+
+def _whole_table(measured: Sequence[tuple[int, Subject]]) -> Html:
+    head = ("run", "generation", "norm", "relative norm", "root mean square", "mean |change|",
+            "largest", "unchanged")  # fmt: skip
+    rows = []
+    for index, subject in measured:
+        assert subject.last is not None
+        whole, generation = subject.last["whole"], subject.last["generation"]
+        rows.append(
+            (
+                swatch(index, subject.name),
+                DASH if generation is None else generation,
+                number(whole["norm"], 4),
+                number(whole["relative_norm"]),
+                *(number(whole[name]) for name in ("rms", "mean_abs", "max_abs")),
+                percent(whole["unchanged"]),
+            )
+        )
+    return table(head, rows, "All edited weights, at the last measured generation.")
+
+
+def _group_table(
+    measured: Sequence[tuple[int, Subject]],
+    quantity: str | Callable[[Cell], Any],
+    form: Callable[[Any], str],
+    caption: str,
+) -> Html:
+    present = [g for g in measured[0][1].file["groups"]
+               if any(g in s.last["groups"] for _, s in measured if s.last)]  # fmt: skip
+    value = quantity if callable(quantity) else lambda cell: cell[quantity]
+    rows = []
+    for index, subject in measured:
+        assert subject.last is not None
+        groups = subject.last["groups"]
+        cells = [form(value(groups[g])) if g in groups and groups[g]["elements"] else DASH
+                 for g in present]  # fmt: skip
+        rows.append((swatch(index, subject.name), form(value(subject.last["whole"])), *cells))
+    return table(("run", "all", *(g.replace("_", " ") for g in present)), rows, caption)
+
+
+def _heat(
+    report: ReportData,
+    pictures: Pictures,
+    name: str,
+    value: Callable[[Cell], Any],
+    label: str,
+    caption: str,
+) -> Html:
+    chosen = [(text, members[0]) for _, text, members in report.subject_groups if members[0].last]
+    grids = [_grid(subject, value) for _, subject in chosen]
+    layers = max(len(rows) for rows, _, _ in grids)
+
+    def draw(figure: Any, theme: Theme) -> None:
+        from matplotlib.colors import LogNorm, Normalize
+
+        found = np.concatenate([values[np.isfinite(values)] for _, _, values in grids])
+        seen = found[found > 0]
+        wide = seen.size and seen.max() > 30 * seen.min() and (found > 0).all()
+        scale = LogNorm if wide else Normalize
+        low = seen.min() if wide else 0
+        norm = scale(low, found.max() if found.size and found.max() > 0 else 1)
+        panels = grid_of(figure, len(chosen), PANELS)
+        for axes, (title, _), (rows, columns, values) in zip(panels, chosen, grids, strict=True):
+            image = axes.pcolormesh(np.ma.masked_invalid(values), cmap=HEAT, norm=norm,
+                                    edgecolors=theme.page, linewidth=0.3)  # fmt: skip
+            axes.grid(False)
+            axes.invert_yaxis()
+            axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
+            shown = range(0, len(rows), max(1, len(rows) // 15))
+            axes.set_yticks([row + 0.5 for row in shown], [rows[row] for row in shown])
+            axes.set(title=plain(title), ylabel="layer" if axes is panels[0] else "")
+        figure.colorbar(image, ax=panels, label=label, shrink=0.8, pad=0.01)
+
+    height = (1.3 + 0.13 * layers) * -(-len(chosen) // PANELS) + 0.3
+    return pictures.add(name, draw, min(max(height, 2.6), 11.0), caption)
+
+
+def _grid(
+    subject: Subject, value: Callable[[Cell], Any]
+) -> tuple[list[str], list[str], np.ndarray]:
+    """(names of rows, of columns, values [rows, columns]); NaN where there is nothing."""
+    assert subject.last is not None
+    cells = subject.last["cells"]
+    layers = sorted({c["layer"] for c in cells if c["layer"] is not None})
+    groups = [g for g in subject.file["groups"] if any(c["group"] == g for c in cells)]
+    outside = [OUTSIDE] if any(c["layer"] is None for c in cells) else []
+    values = np.full((len(layers) + len(outside), len(groups)), np.nan)
+    for cell in cells:
+        row = len(layers) if cell["layer"] is None else layers.index(cell["layer"])
+        found = value(cell)
+        values[row, groups.index(cell["group"])] = np.nan if found is None else found
+    return [*map(str, layers), *outside], [g.replace("_", " ") for g in groups], values
+
+
+# --- sparsity and energy -------------------------------------------------------------------------
+
+
+def sparsity(report: ReportData, pictures: Pictures) -> Section:
+    """Shares of weights that hardly moved, in absolute terms and in last places."""
+    section = Section("sparsity", "Sparsity of the change")
+    measured = [(index, subject) for index, subject in report.subjects if subject.last]
+    if measured:
+        section.parts.append(_sparsity_picture(report, pictures))
+        said = f"Share of the weights with |change| < {SPARSE:g}, by module group."
+        section.parts.append(_group_table(measured, _below, percent, said))
+        section.parts.append(_energy_picture(report, pictures))
+        section.parts.append(_energy_table(measured))
+    section.missing += no_diagnostics(report, "sparsity and the energy curve")
+    return section
+
+
+def _below(cell: Cell) -> Any:
+    """The share under SPARSE; the file's thresholds are those of the schema, 1e-6 the third."""
+    return cell["below"][2]
+
+
+def _sparsity_picture(report: ReportData, pictures: Pictures) -> Html:
+    def draw(figure: Any, theme: Theme) -> None:
+        left, right = grid_of(figure, 2, 2)
+        for index, label, members in report.subject_groups:
+            for place, subject in enumerate(members):
+                if subject.last is None:
+                    continue
+                whole, said = subject.last["whole"], plain(label) if place == 0 else None
+                style = {"color": theme.colour(index), "marker": "o", "label": said}
+                left.plot(subject.file["thresholds"], whole["below"], **style)
+                right.plot(subject.file["ulps"], whole["within_ulps"], **style)
+        left.set(xscale="log", xlabel="threshold", ylabel="share of the weights",
+                 ylim=(-0.02, 1.02), title="|change| below a threshold")  # fmt: skip
+        right.set(xscale="log", xlabel="units in the last place of the base", ylim=(-0.02, 1.02),
+                  title="|change| within so many last places")  # fmt: skip
+        ulps = members[0].file["ulps"]
+        right.set_xticks(ulps, [f"{ulp:g}" for ulp in ulps], minor=False)
+        right.minorticks_off()
+        legend_below(figure, left)
+
+    return pictures.add(
+        "sparsity", draw, 3.3,
+        "Left: share of the weights whose change is below an absolute threshold. Right: within so "
+        "many units in the last place, which is what the weights' own dtype can tell apart.",
+    )  # fmt: skip
+
+
+def _energy_picture(report: ReportData, pictures: Pictures) -> Html:
+    def draw(figure: Any, theme: Theme) -> None:
+        (axes,) = grid_of(figure, 1, 1)
+        for index, label, members in report.subject_groups:
+            for place, subject in enumerate(members):
+                held = subject.last and subject.last["energy"]["whole"]["held"]
+                if held:
+                    said = plain(label) if place == 0 else None
+                    axes.plot(subject.file["energy_shares"], held, color=theme.colour(index),
+                              label=said)  # fmt: skip
+        axes.set(xscale="log", xlabel="share of the weights, largest changes first",
+                 ylabel="share of Σ change²", ylim=(-0.02, 1.02))  # fmt: skip
+        legend_below(figure, axes)
+
+    return pictures.add(
+        "energy", draw, 3.2,
+        "Cumulative energy: what share of the squared norm the most changed weights hold. A dense "
+        "change rises late; a change of few weights early.",
+    )  # fmt: skip
+
+
+def _energy_table(measured: Sequence[tuple[int, Subject]]) -> Html:
+    rows = []
+    for index, subject in measured:
+        assert subject.last is not None
+        needed = subject.last["energy"]["whole"]["elements_for"]
+        cells = [percent(needed.get(share)) for share in ("0.5", "0.9", "0.99")]
+        rows.append((swatch(index, subject.name), *cells))
+    return table(("run", "for half of the energy", "for 90 %", "for 99 %"), rows,
+                 "Smallest share of the weights that holds a share of Σ change².")  # fmt: skip
+
+
+def notes(report: ReportData) -> list[Html]:
+    """What the diagnostics say about themselves."""
+    said = dict.fromkeys(note for _, s in report.subjects for note in s.file.get("notes", []))
+    return [paragraph(note, "soft") for note in said]

@@ -1,0 +1,144 @@
+"""What all sections share: the runs, in groups that differ in their seed alone, and their curves.
+
+Where a group has several seeds, figures show the mean over seeds with their range, and a table adds
+the mean with Student's 95 % interval; else intervals are those of the runs' own prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from esfast.html_report.drawing import LIGHT, Series
+from esfast.html_report.page import Html, joined
+from esfast.html_report.run_data import RunData, Subject
+
+# Student's 0.975 quantile for 1 .. 10 degrees of freedom; 1.96 is 2 % short at 30.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Points:
+    """One run's curve: generations, values, and intervals or None."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, or one run; `number` gives the colour."""
+
+    number: int
+    label: str
+    runs: tuple[RunData, ...]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Runs in the order given; extras: subjects of --forgetting that are none of them."""
+
+    runs: tuple[RunData, ...]
+    extras: tuple[Subject, ...] = ()
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """In the order of their first runs."""
+        found: dict[str, list[RunData]] = {}
+        for run in self.runs:
+            found.setdefault(run.family, []).append(run)
+        return tuple(
+            Group(number, _label(runs), tuple(runs)) for number, runs in enumerate(found.values())
+        )
+
+    @property
+    def seeds(self) -> bool:
+        """Whether some group has several runs."""
+        return len(self.groups) < len(self.runs)
+
+    @cached_property
+    def subjects(self) -> tuple[tuple[int, Subject], ...]:
+        """Everything that was diagnosed, with the number of its group; extras have their own."""
+        own = [(self.group_of(run).number, run.subject) for run in self.runs if run.subject]
+        return tuple(own) + tuple(
+            (len(self.groups) + number, extra) for number, extra in enumerate(self.extras)
+        )
+
+    @cached_property
+    def subject_groups(self) -> tuple[tuple[int, str, tuple[Subject, ...]], ...]:
+        """(number, label, subjects) of each group that was diagnosed."""
+        numbers = list(dict.fromkeys(number for number, _ in self.subjects))
+        labels = {group.number: group.label for group in self.groups}
+        out = []
+        for number in numbers:
+            members = tuple(s for n, s in self.subjects if n == number)
+            out.append((number, labels.get(number, members[0].name), members))
+        return tuple(out)
+
+    def group_of(self, run: RunData) -> Group:
+        """The group of a run."""
+        return next(group for group in self.groups if run in group.runs)
+
+    def named(self, run: RunData) -> Html:
+        """A run's name with its colour."""
+        return swatch(self.group_of(run).number, run.name)
+
+    def series(self, points_of: Callable[[RunData], Points | None]) -> list[Series]:
+        """A curve a group: the run's own, or mean and range of the seeds where all have points."""
+        out = []
+        for group in self.groups:
+            points = [p for run in group.runs if (p := points_of(run)) and len(p.x)]
+            if points:
+                out.append(merged(group.label, group.number, points))
+        return out
+
+
+def merged(label: str, number: int, points: Sequence[Points]) -> Series:
+    """One curve of several runs': mean and range at the generations that all have."""
+    if len(points) == 1:
+        one = points[0]
+        return Series(label, number, one.x, one.y, one.low, one.high)
+    common = sorted(set.intersection(*(set(p.x) for p in points)))
+    values = np.array([[dict(zip(p.x, p.y, strict=True))[x] for x in common] for p in points])
+    if not common:
+        return Series(label, number, (), ())
+    low, high = values.min(axis=0).tolist(), values.max(axis=0).tolist()
+    return Series(label, number, common, values.mean(axis=0).tolist(), low, high)
+
+
+def student(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95 % interval of the mean; of no width for one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def swatch(number: int, name: str) -> Html:
+    """A name with the dot of its colour in the figures."""
+    dot = Html(f'<span class="swatch" style="background:{LIGHT.colour(number)}"></span>')
+    return joined([Html('<span class="run">'), dot, Html("<span>"), name, Html("</span></span>")])
+
+
+def strategy_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The strategy's settings of a run's config.json; empty for GRPO."""
+    return config["settings"].get("strategy") or {}
+
+
+def _label(runs: Sequence[RunData]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    first, last = min(run.name for run in runs), max(run.name for run in runs)
+    alike = [a == b for a, b in zip(first, last, strict=False)]
+    common = first[: (*alike, False).index(False)].rstrip("-_ ./0123456789")
+    common = common.removesuffix("seed").rstrip("-_ ./") or runs[0].method
+    return f"{common} ({len(runs)} seeds)"

@@ -1,0 +1,193 @@
+"""What a report reads: run folders, and the diagnostics that `esfast forgetting` left.
+
+Missing parts are None or empty, and the report says so; a damaged file is a DataError. Nothing is
+computed here that a file does not say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from esfast.errors import ConfigError, DataError
+from esfast.journal import JOURNAL, Journal, read_journal
+from esfast.prior.evaluation import PRIOR
+from esfast.prior.scores import PriorScore
+from esfast.run_folder import CONFIG, METRICS, SAMPLES, SUMMARY, read_config, read_json, read_lines
+
+DIAGNOSTICS = Path("forgetting", "forgetting.json")
+FORMAT, VERSION = "esfast-forgetting", 1
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run or checkpoint that `esfast forgetting` measured: `record` is its SUBJECT, `file` the
+    whole forgetting.json that it stands in (esfast/forgetting/__init__.py)."""
+
+    name: str
+    record: Mapping[str, Any]
+    file: Mapping[str, Any]
+
+    @property
+    def last(self) -> Mapping[str, Any] | None:
+        """The change at the last measured generation."""
+        return self.record["drift"][-1] if self.record["drift"] else None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run folder.
+
+    name: in legends and tables; path: as it was given; rows: of metrics.jsonl; diagnostics: of
+    esfast forgetting, None where it was not run.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    rows: tuple[Record, ...]
+    summary: Mapping[str, Any] | None
+    samples: tuple[Record, ...]
+    journal: Journal | None
+    prior: tuple[PriorScore, ...]
+    subject: Subject | None
+
+    @property
+    def method(self) -> str:
+        """ "ES", "ES + l2" or "GRPO"."""
+        if self.config.get("method", "es") != "es":
+            return str(self.config["method"]).upper()
+        decay = self.config["settings"].get("strategy", {}).get("decay")
+        return f"ES + {decay['kind']}" if decay else "ES"
+
+    @cached_property
+    def held_out(self) -> tuple[Record, ...]:
+        """Scores on the target's held-out prompts, by generation, each once."""
+        found = [row["held_out"] for row in self.rows if row.get("held_out")]
+        if self.summary:
+            ends = [self.summary.get(f"held_out_{when}") for when in ("before", "after")]
+            found += [record for record in ends if record]
+        return tuple(sorted({r["generation"]: r for r in found}.values(), key=_generation))
+
+    @property
+    def prior_tasks(self) -> list[str]:
+        """Names of the prior tasks, in the order of their first scores."""
+        return list(dict.fromkeys(score.task for score in self.prior))
+
+    def prior_of(self, task: str) -> list[PriorScore]:
+        """A prior task's scores by generation."""
+        return sorted((s for s in self.prior if s.task == task), key=lambda s: s.generation)
+
+    @property
+    def family(self) -> str:
+        """Equal for runs that differ in their seed alone."""
+        settings = json.loads(json.dumps(self.config["settings"]))
+        for place in (settings, settings.get("strategy", {}), settings.get("sampling", {})):
+            place.pop("seed", None)
+        names = ("method", "model", "dtype", "task")
+        kept = {name: self.config.get(name) for name in names}
+        return json.dumps([kept, settings], sort_keys=True)
+
+
+def read_runs(paths: Sequence[str], names: Sequence[str] | None = None) -> list[RunData]:
+    """The runs of these folders, in order.
+
+    names: one a run; else the folders' own, with their parents where two are alike. Raises
+    ConfigError for names that do not fit, DataError for a folder that is no run or is damaged.
+    """
+    folders = [Path(path).expanduser() for path in paths]
+    if len({folder.resolve() for folder in folders}) != len(folders):
+        raise ConfigError("a run is given twice; give each once.")
+    chosen = list(names) if names is not None else _names(folders)
+    if len(chosen) != len(folders) or len(set(chosen)) != len(chosen) or not all(chosen):
+        raise ConfigError(
+            f"--names has {', '.join(chosen)} for {len(folders)} runs; give one name a run, "
+            "separated by commas, each another."
+        )
+    return [read_run(folder, name) for folder, name in zip(folders, chosen, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> RunData:
+    """One run. Raises DataError where `folder` is none, or a file in it is damaged."""
+    if not (folder / CONFIG).is_file():
+        raise DataError(
+            f"'{folder}' is no run folder: it has no {CONFIG}. Give the folder that esfast train "
+            "or esfast grpo wrote (its --output)."
+        )
+    config = read_config(folder)
+    if "made" not in config or "settings" not in config:
+        raise DataError(f"'{folder / CONFIG}' is not a run's: it has no 'made' or no 'settings'.")
+    return RunData(
+        name=name,
+        path=folder,
+        config=config,
+        rows=_lines(folder / METRICS),
+        summary=read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None,
+        samples=_samples(folder / SAMPLES),
+        journal=read_journal(folder) if (folder / JOURNAL).exists() else None,
+        prior=_prior(folder / PRIOR),
+        subject=_own_subject(folder, name),
+    )
+
+
+def read_subjects(path: str | Path) -> list[Subject]:
+    """All subjects of a forgetting.json, or of the folder that holds one. Raises DataError."""
+    given = Path(path).expanduser()
+    file = given / DIAGNOSTICS.name if given.is_dir() else given
+    content = read_json(file)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise DataError(
+            f"'{file}' is {content.get('format')!r} version {content.get('version')!r}; expected "
+            f"{FORMAT!r} version {VERSION}, as esfast forgetting writes it."
+        )
+    return [Subject(str(subject["name"]), subject, content) for subject in content["subjects"]]
+
+
+def _own_subject(folder: Path, name: str) -> Subject | None:
+    """The run itself among the subjects of its own diagnostics: by its path, or alone there."""
+    if not (folder / DIAGNOSTICS).exists():
+        return None
+    subjects = read_subjects(folder / DIAGNOSTICS)
+    own = [s for s in subjects if is_of(s, folder)] or (subjects if len(subjects) == 1 else [])
+    return Subject(name, own[0].record, own[0].file) if own else None
+
+
+def is_of(subject: Subject, folder: Path) -> bool:
+    """Whether a subject is this run, or a checkpoint inside its folder."""
+    source, run = Path(str(subject.record["source"])).resolve(), folder.resolve()
+    return source == run or run in source.parents
+
+
+def _samples(path: Path) -> tuple[Record, ...]:
+    content: Any = read_json(path) if path.exists() else []  # a list, unlike the others
+    return tuple(content)
+
+
+def _prior(path: Path) -> tuple[PriorScore, ...]:
+    try:
+        return tuple(PriorScore.from_record(record) for record in _lines(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
+
+
+def _lines(path: Path) -> tuple[Record, ...]:
+    return tuple(read_lines(path)) if path.exists() else ()
+
+
+def _generation(record: Mapping[str, Any]) -> int:
+    return int(record["generation"])
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]

@@ -1,0 +1,59 @@
+"""`esfast report RUN [RUN...] -o report.html`: run folders as one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from esfast.errors import ConfigError
+from esfast.html_report import build, figures_folder, read_runs, read_subjects
+from esfast.html_report.run_data import is_of
+from esfast.provenance import provenance
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast report`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train or grpo")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the report")
+    parser.add_argument("--names", default=None, metavar="A,B", help="one a run; else the folders'")
+    parser.add_argument("--title", default=None, help="of the report")
+    parser.add_argument(
+        "--forgetting", action="append", default=[], metavar="FILE",
+        help="a forgetting.json (or its folder) whose other subjects are shown too; repeatable",
+    )  # fmt: skip
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes the report and its figures. Reads everything before it writes anything."""
+    output = Path(args.output).expanduser()
+    _require_writable(output)
+    names = None if args.names is None else [name.strip() for name in args.names.split(",")]
+    runs = read_runs(args.runs, names)
+    extras = [
+        subject
+        for path in args.forgetting
+        for subject in read_subjects(path)
+        if not any(is_of(subject, run.path) for run in runs)
+    ]
+    console = Console()
+    with console.status("drawing the report"):
+        figures = build(runs, output, provenance(args.command_line), extras, args.title)
+    count = f"{len(runs)} runs" if len(runs) > 1 else "one run"
+    console.print(
+        f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB; {len(figures)} figures in "
+        f"{figures_folder(output)}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return 0
+
+
+def _require_writable(output: Path) -> None:
+    """ConfigError where the report could not be put there, before runs are read."""
+    if output.is_dir():
+        raise ConfigError(
+            f"--output is the folder {output}; give a file, such as {output / 'report.html'}."
+        )
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output} is in a folder that is not there; make it first.")
