@@ -7,9 +7,10 @@
 
 Runs the table of study_table.py in a work folder (a run that is finished is skipped, one that was
 begun goes on), then writes into benchmarks/results/forgetting/SCALE/: runs.csv (a row a run),
-curves.csv (a row a run, task and evaluation), summary.csv (means over seeds with intervals),
-study.json (how it was made), pictures, and report.html through `esfast report`. The tuned model of
-an ES run is removed once the run is finished: its journal is the model (`esfast replay`).
+curves.csv (a row a run, task and evaluation), drift.csv (the change by generation beside what the
+law gives), summary.csv (means over seeds with intervals), study.json (how it was made), pictures,
+and report.html through `esfast report`. The tuned model of an ES run is removed once the run is
+finished: its journal is the model (`esfast replay`).
 
 What it does not do: choose settings. Sigma, alpha and the population are those of the default job,
 lambdas are stated in study_table.py, and no arm was tuned on the prior tasks.
@@ -29,7 +30,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_figures import Drawing
-from study_rows import columns, gather, summarise, write_csv
+from study_rows import columns, drift_rows, finished_runs, gather, summarise, write_csv
 from study_runs import Runner, Work, process
 from study_table import ROOT, SCALES, Scale, StudyRun
 
@@ -131,6 +132,8 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
     }
     write_csv(output / "runs.csv", rows)
     write_csv(output / "curves.csv", curves)
+    drift = [row for run in finished_runs(scale, work) for row in drift_rows(run, work)]
+    write_csv(output / "drift.csv", drift)
     write_csv(output / "summary.csv", summarise([row for row in rows if row["main"]]))
     _write_json(output / "study.json", made)
     drawn = Drawing(rows, curves, one_line(made)).draw(output)

@@ -17,9 +17,9 @@ from study_rows import TARGET, Row
 from esfast.plots import picture
 
 COLOURS = ("#27465f", "#5b9bbf", "#c4572e", "#6b8f3d", "#8b5fa3", "#888888")
-PAPER_NORMS = {"ES": 119.2, "ES + l1": 92.1, "ES + l2": 67.7, "ES, N x 4": 58.6, "GRPO": 1.32}
-"""arXiv 2605.30148: norm of the change, 3B model, Countdown, generation 500; N 30, and 128 for the
-larger population."""
+PAPER_NORMS = {"es": 119.2, "es-l1": 92.1, "es-l2": 67.7, "es-large": 58.6, "grpo": 1.32}
+"""By an arm's key. arXiv 2605.30148: norm of the change, 3B model, Countdown, generation 500; N 30,
+and 128 for the larger population."""
 PAPER_GRPO_SPARSITY = 0.95
 """arXiv 2601.20861: share of |delta| < 1e-6 under GRPO."""
 Panel = Callable[[Any], None]
@@ -96,13 +96,15 @@ class Drawing:
             values = [row["norm"] / plain for row in there if row["arm"] == arm] or [np.nan]
             axes.bar(place - 0.2, np.mean(values), width=0.38, color=self.colour(arm), alpha=0.75)
             axes.bar_label(axes.containers[-1], fmt="%.2g", fontsize=7)
-        paper = [PAPER_NORMS[_paper_name(arm)] / PAPER_NORMS["ES"] for arm in self.arms]
+        keys = {row["arm"]: row["run"].rpartition("-seed")[0] for row in self.main}
+        paper = [PAPER_NORMS.get(keys[arm], np.nan) / PAPER_NORMS["es"] for arm in self.arms]
         places = np.arange(len(self.arms)) + 0.2
         bars = axes.bar(places, paper, width=0.38, color="none", edgecolor="black", hatch="///")
         axes.bar_label(bars, fmt="%.2g", fontsize=7)
         bars.set_label("arXiv 2605.30148: 3B, 500 generations")
         axes.set_xticks(range(len(self.arms)), self.arms, rotation=20, ha="right", fontsize=8)
         axes.set(title="The same, as a share of plain ES", yscale="log")
+        axes.set_ylim(top=4)
         axes.legend(frameon=False, fontsize=8)
 
     def _sparsity(self, axes: Any) -> None:
@@ -134,7 +136,8 @@ class Drawing:
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
             axes.set(title=titles[part], ylabel="score")
-            axes.legend(frameon=False, fontsize=7)
+            axes.margins(y=0.3)
+            axes.legend(frameon=False, fontsize=7, ncols=3)
 
         return draw
 
@@ -237,18 +240,11 @@ def _lines(axes: Any, rows: Sequence[Row], label: str, colour: str) -> None:
 
 
 def _sweep_line(axes: Any, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
+    """A line through the seed that every strength has, a dot for each other run."""
     there = [row for row in rows if name in row]
-    by_strength: dict[float, list[float]] = {}
-    for row in there:
-        by_strength.setdefault(row["alpha_lambda"], []).append(row[name])
-    x = sorted(by_strength)
-    axes.plot(x, [np.mean(by_strength[s]) for s in x], color=colour, marker="o", label=label)
-    axes.plot(
-        [row["alpha_lambda"] for row in there], [row[name] for row in there], ".", color=colour
-    )
-
-
-def _paper_name(arm: str) -> str:
-    if arm in PAPER_NORMS:
-        return arm
-    return "ES, N x 4" if arm.endswith(("64", "120")) else "ES"
+    first = min((row["seed"] for row in there), default=0)
+    line = [(row["alpha_lambda"], row[name]) for row in there if row["seed"] == first]
+    dots = [(row["alpha_lambda"], row[name]) for row in there if row["seed"] != first]
+    axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=label)
+    if dots:
+        axes.plot(*zip(*dots, strict=True), ".", color=colour, alpha=0.5)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_runs import DIAGNOSED, Work, finished
+from study_runs import DIAGNOSED, STORED, Work, finished
 from study_table import Scale, StudyRun, short_name
 
+from esfast.forgetting.laws import norms_of_coefficients
+from esfast.journal import read_journal
 from esfast.prior.evaluation import PRIOR
 from esfast.prior.scores import PriorScore, outcome
 from esfast.run_folder import CONFIG, METRICS, SUMMARY, read_json, read_lines
@@ -65,8 +67,9 @@ def prior_scores(folder: Path) -> list[PriorScore]:
     return [PriorScore.from_record(line) for line in read_lines(path)] if path.exists() else []
 
 
-def run_row(run: StudyRun, folder: Path) -> Row:
+def run_row(run: StudyRun, work: Work) -> Row:
     """One run in one row: scores, what came of each prior task, the change, KL, cost, origin."""
+    folder = work.folder(run)
     config, summary = read_json(folder / CONFIG), read_json(folder / SUMMARY)
     before, after = summary["held_out_before"], summary["held_out_after"]
     row: Row = {
@@ -80,8 +83,7 @@ def run_row(run: StudyRun, folder: Path) -> Row:
         "solved_after": after["solved"],
     }
     row |= _prior_columns(prior_scores(folder))
-    if (folder / DIAGNOSED).exists():
-        row |= change_columns(read_json(folder / DIAGNOSED))
+    row |= _change(run, work)
     row |= {
         "seconds": sum(summary["seconds"].values()),
         "peak_over_inference": summary["peak_over_inference"],
@@ -100,6 +102,34 @@ def _prior_columns(scores: Sequence[PriorScore]) -> Row:
         for part in ("before", "dip", "change", "recovery"):
             row[f"{short_name(task)}_{part}"] = came[part]
     return row
+
+
+def _change(run: StudyRun, work: Work) -> Row:
+    """The columns of both diagnoses, where they are there."""
+    there, stored = (work.diagnosis(run, kind) / DIAGNOSED for kind in ("", STORED))
+    row = change_columns(read_json(there)) if there.exists() else {}
+    as_stored = change_columns(read_json(stored)) if stored.exists() else row
+    kept = ("norm", "unchanged", "below_1e-6")
+    return row | {f"{name}_bf16": as_stored[name] for name in kept if name in as_stored}
+
+
+def drift_rows(run: StudyRun, work: Work) -> list[Row]:
+    """The change at each generation measured, beside what the journal's coefficients imply."""
+    path = work.diagnosis(run) / DIAGNOSED
+    if not path.exists() or run.arm.command != "train":
+        return []
+    journal = read_journal(work.folder(run))
+    decay = journal.header.config.decay
+    rows = []
+    for drift in read_json(path)["subjects"][0]["drift"]:
+        whole, generation = drift["whole"], drift["generation"]
+        row = {"run": run.key, "arm": run.arm.name, "seed": run.seed, "generation": generation}
+        row |= {name: whole[name] for name in ("norm", "relative_norm", "unchanged")}
+        if decay is None or decay.kind == "l2":
+            norms = norms_of_coefficients(journal.generations, whole["elements"])
+            row["norm_of_coefficients"] = float(norms[generation])
+        rows.append(row)
+    return rows
 
 
 def change_columns(report: Mapping[str, Any]) -> Row:
@@ -137,10 +167,15 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
+def finished_runs(scale: Scale, work: Work) -> list[StudyRun]:
+    """The runs that came to their end."""
+    return [run for run in scale.runs() if finished(work.folder(run))]
+
+
 def gather(scale: Scale, work: Work) -> tuple[list[Row], list[Row]]:
     """Rows of the runs that are finished, and of their evaluations."""
-    there = [run for run in scale.runs() if finished(work.folder(run))]
-    rows = [run_row(run, work.folder(run)) for run in there]
+    there = finished_runs(scale, work)
+    rows = [run_row(run, work) for run in there]
     curves = [row for run in there for row in curve_rows(run, work.folder(run))]
     return rows, curves
 

@@ -1,6 +1,7 @@
 """Runs the study's table: every run is a command of esfast in a process of its own.
 
     WORK/runs/KEY/         the run folder that esfast wrote
+    WORK/diagnosis/KEY/    what `esfast forgetting` found
     WORK/commands/KEY.json the arguments that it was begun with
     WORK/logs/KEY.log      what they printed
 
@@ -34,6 +35,8 @@ from esfast.run_folder import CONFIG, MODEL, SUMMARY, append_line, read_json, re
 from esfast.whole_file import whole_file
 
 DIAGNOSED = "forgetting.json"
+STORED = "-as-bfloat16"
+"""Ends the name of the diagnosis of a checkpoint's weights as they would be stored in bf16."""
 SESSIONS = "sessions.jsonl"
 STOP_SECONDS = 60.0
 
@@ -52,12 +55,16 @@ class Work:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for part in ("runs", "commands", "logs"):
+        for part in ("runs", "diagnosis", "commands", "logs"):
             (path / part).mkdir(parents=True, exist_ok=True)
 
     def folder(self, run: StudyRun) -> Path:
         """The run folder of a run, there or not."""
         return self.path / "runs" / run.key
+
+    def diagnosis(self, run: StudyRun, kind: str = "") -> Path:
+        """Where the diagnosis of a run goes; `kind` is STORED or nothing."""
+        return self.path / "diagnosis" / f"{run.key}{kind}"
 
     def log(self, run: StudyRun) -> Path:
         """What the run's processes printed."""
@@ -99,20 +106,40 @@ def steps_left(
     steps = []
     if not finished(folder):
         steps.append(Step("training", _training(run, scale, folder, model), folder / SUMMARY))
-    if not train_only and not (folder / DIAGNOSED).exists():
-        arguments = ("forgetting", str(folder), "--base", model, *scale.diagnostics)
-        steps.append(Step("diagnosing", arguments, folder / DIAGNOSED))
+    if not train_only:
+        steps += _diagnoses(run, scale, work, model)
+    return [step for step in steps if step.title == "training" or not step.result.exists()]
+
+
+def _diagnoses(run: StudyRun, scale: Scale, work: Work, model: str) -> list[Step]:
+    """An ES run from its journal; a checkpoint of fp32 also as bf16 would store it."""
+    threads = _threads(scale)
+    if run.arm.command == "train":
+        kinds = {"": (*scale.diagnostics, *scale.drift_every)}
+        subject = work.folder(run)
+    else:
+        change_alone = ("--no-kl", "--score", "0", "--no-plots")
+        kinds = {"": scale.diagnostics, STORED: ("--as-dtype", "bfloat16", *change_alone)}
+        subject = work.folder(run) / MODEL
+    steps = []
+    for kind, flags in kinds.items():
+        output = work.diagnosis(run, kind)
+        where = ("forgetting", str(subject), "--base", model, "--output", str(output))
+        steps.append(Step("diagnosing", (*where, *flags, *threads), output / DIAGNOSED))
     return steps
 
 
 def first_arguments(run: StudyRun, scale: Scale, folder: Path, model: str) -> tuple[str, ...]:
     """The arguments that begin a run."""
-    threads = () if scale.threads is None else ("--threads", str(scale.threads))
     return (
         *(run.arm.command, "--model", model, *scale.shared),
-        *(*scale.of_command[run.arm.command], *run.arm.flags, *threads),
+        *(*scale.of_command[run.arm.command], *run.arm.flags, *_threads(scale)),
         *("--seed", str(run.seed), "--output", str(folder)),
     )
+
+
+def _threads(scale: Scale) -> tuple[str, ...]:
+    return () if scale.threads is None else ("--threads", str(scale.threads))
 
 
 def _training(run: StudyRun, scale: Scale, folder: Path, model: str) -> tuple[str, ...]:
@@ -178,6 +205,8 @@ class Runner:
         folder = self.work.folder(run)
         if step.title == "training" and "--resume" not in step.arguments and folder.exists():
             shutil.rmtree(folder)  # of a run without a journal that did not come to its end
+        if step.title == "diagnosing":
+            shutil.rmtree(step.result.parent, ignore_errors=True)  # of one that was cut off
         process(step.arguments, self.work.log(run), self._running)
         if not step.result.exists():
             raise EsfastError(f"{step.title} of {run.key} left no {step.result}.")

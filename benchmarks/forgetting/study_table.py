@@ -70,7 +70,8 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Scale:
-    """A study. Flags: of every training, of a command's, of the diagnostics of one run.
+    """A study. Flags: of every training, of a command's, of the diagnosis of one run, and of the
+    generations at which the change of an ES run is measured.
 
     model: None where the user has to name one; jobs: runs at once; threads: of each; alpha,
     population_size, generations: of the plain ES arm, for what the laws predict.
@@ -81,6 +82,7 @@ class Scale:
     shared: tuple[str, ...]
     of_command: dict[str, tuple[str, ...]]
     diagnostics: tuple[str, ...]
+    drift_every: tuple[str, ...]
     arms: tuple[Arm, ...]
     jobs: int
     threads: int | None
@@ -133,6 +135,17 @@ def sweep_arms(alpha: float, usual: tuple[str, ...], products: tuple[float, ...]
 
 PRIOR_FLAGS = ("--prior-tasks", ",".join(PRIOR_TASKS), "--prior-size", "48", "--prior-samples", "0")
 
+KL_TASKS = ("questions:opposites", PRIOR_TASKS[-1])
+
+
+def kl_flags(task: str, count: int, tokens: int) -> tuple[str, ...]:
+    """KL on the target's and two prior tasks' prompts; scores are known from the run."""
+    return (
+        *("--task", task, "--kl-prompts", ",".join(KL_TASKS), "--kl-count", str(count)),
+        *("--kl-tokens", str(tokens), "--score", "0", "--no-plots"),
+    )
+
+
 CPU_ALPHA = 0.006
 CPU = Scale(
     name="cpu",
@@ -142,7 +155,8 @@ CPU = Scale(
         *(*PRIOR_FLAGS, "--prior-every", "2", "--no-plots"),
     ),
     of_command={"train": ("--sigma", "0.003", "--alpha", f"{CPU_ALPHA}"), "grpo": ()},
-    diagnostics=(),
+    diagnostics=kl_flags("arithmetic", count=24, tokens=16),
+    drift_every=("--every", "2"),
     arms=(
         *es_arms(CPU_ALPHA, size=16, prompts=32, l1=6e-4, l2=0.25),
         *sweep_arms(CPU_ALPHA, population_flags(16, 32), (0.005, 0.05, 0.5, 0.75)),
@@ -154,5 +168,29 @@ CPU = Scale(
     generations=10,
 )
 
-SCALES = {scale.name: scale for scale in (CPU,)}
+GPU_ALPHA = 5e-4
+GPU = Scale(
+    name="gpu",
+    model=None,
+    shared=(
+        *("--task", "countdown", "--generations", "500", "--eval-size", "200"),
+        *("--eval-every", "25", *PRIOR_FLAGS, "--prior-every", "25", "--no-plots"),
+        *("--device", "cuda", "--batch-size", "256"),
+    ),
+    of_command={"train": ("--sigma", "0.001", "--alpha", f"{GPU_ALPHA}"), "grpo": ()},
+    diagnostics=(*kl_flags("countdown", count=64, tokens=64), "--device", "cuda"),
+    drift_every=("--every", "100"),
+    arms=(
+        *es_arms(GPU_ALPHA, size=30, prompts=200, l1=5e-6, l2=5e-3),
+        *sweep_arms(GPU_ALPHA, population_flags(30, 200), (5e-4, 1.5e-3, 1.5e-2, 5e-2)),
+    ),
+    jobs=1,
+    threads=None,
+    alpha=GPU_ALPHA,
+    population_size=30,
+    generations=500,
+)
+"""The papers' settings; a model of 1.5-3 B parameters is what they are for. Not yet run."""
+
+SCALES = {scale.name: scale for scale in (CPU, GPU)}
 """By the name on the command line."""
