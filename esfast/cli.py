@@ -17,6 +17,7 @@ import torch
 
 from esfast import __version__, info
 from esfast.errors import EsfastError
+from esfast.grpo_command import add_grpo_arguments, run_grpo
 from esfast.measure import seconds_since_import
 from esfast.replay_command import (
     add_apply_arguments,
@@ -80,6 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_train_arguments(train)
     train.set_defaults(run=run_train)
+    grpo = commands.add_parser(
+        "grpo",
+        help="the same by GRPO, through TRL: a baseline with the same task, prompts and account",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_grpo_arguments(grpo)
+    grpo.set_defaults(run=run_grpo)
     _add_journal_commands(commands)
     if find_spec("esfast.bench") is not None:
         bench = import_module("esfast.bench")

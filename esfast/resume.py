@@ -1,4 +1,4 @@
-"""`esfast train --resume RUN`: the run's own flags, and which of them may change.
+"""`esfast train --resume RUN`, and of other commands: the run's own flags, and which may change.
 
 A flag that decides the result is refused by name; the others are recorded in the journal as a new
 segment. What the data and the task say of themselves must be what it was.
@@ -19,6 +19,7 @@ from esfast.run_folder import read_config
 # change how an engine sums, which another machine may as well.
 MAY_CHANGE = frozenset(
     (
+        *("checkpoint_every",),
         *("generations", "eval_every", "eval_size", "snapshot_every", "plots", "log_to"),
         *("threads", "reward_workers", "model", "data", "eval_data"),
         *("prior_tasks", "prior_every", "prior_path"),
@@ -80,7 +81,12 @@ def resumed(args: argparse.Namespace, add_arguments: Adder) -> PastRun:
     flags = recorded.get("arguments")
     if not isinstance(flags, dict):
         raise DataError(f"{folder / 'config.json'} does not say with which flags the run started.")
-    start = args.command_line.index("train") + 1
+    if recorded.get("method", "train") != args.command:
+        raise ConfigError(
+            f"{folder} was made by `esfast {recorded.get('method', 'train')}`, and only that can go "
+            "on with it."
+        )
+    start = args.command_line.index(args.command) + 1
     given = given_flags(args.command_line[start:], add_arguments)
     del given["resume"]
     changed = {name: value for name, value in given.items() if value != flags.get(name)}

@@ -42,11 +42,15 @@ class RunFolder:
     """Writes one run into a folder of its own.
 
     journal: open, of a run that goes on; None for one that has none yet. changes: what a run that
-    goes on changed of its settings.
+    goes on changed of its settings. done: generations that one without a journal goes on after.
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], changes: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        changes: Mapping[str, Any] | None = None,
+        done: int = 0,
     ) -> None:
         """Makes the folder and its config.json; with `changes`, takes up the run that is there.
 
@@ -60,15 +64,15 @@ class RunFolder:
         if changes is None:
             _make(path)
         else:
-            self._take_up()
+            self._take_up(done)
         self.write(CONFIG, config)
 
-    def _take_up(self) -> None:
+    def _take_up(self, done: int) -> None:
         """Opens the journal, and drops the metrics of generations that it does not have."""
         if self.journal_path.exists():  # a run may be stopped before its first generation
             self.journal = JournalWriter.resume(self.journal_path)
         (self.path / SUMMARY).unlink(missing_ok=True)
-        self._keep_metrics(0 if self.journal is None else self.journal.generation)
+        self._keep_metrics(done if self.journal is None else self.journal.generation)
 
     def _keep_metrics(self, generations: int) -> None:
         path = self.path / METRICS

@@ -1,0 +1,87 @@
+"""What a training run computed, counted the same way for every method: tokens, FLOPs, time, memory.
+
+    forward FLOPs  = 2 * parameters * tokens that went forward
+    backward FLOPs = 4 * parameters * tokens that went backward
+
+(a multiply and an add a weight and token; backward twice that, for the gradients of activations and
+of weights: Kaplan et al., arXiv 2001.08361, section 2.1). All parameters count, a matrix that is
+embedding and output at once counts once. Tokens are those of prompts and answers, each row's own:
+
+    evolution strategies  every member reads every prompt and generates its answer: forward only
+    GRPO                  every completion reads its prompt and is generated: forward; then prompt
+                          and completion go forward and backward once an iteration, forward once
+                          more where the old policy is needed (iterations > 1) and once more
+                          through the reference model where beta > 0
+
+Left out: attention's own products, which grow with the square of the length (1 % of the rest for
+SmolLM2-135M at 50 tokens, 4 * layers * hidden * context FLOPs a token); padding, and what is saved
+by computing a common prompt prefix once; the optimiser's and the perturbations' passes over the
+weights, which are bound by memory and are in the seconds. Evaluation is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORWARD = 2
+BACKWARD = 4
+FORMULA = (
+    "forward FLOPs = 2 * parameters * (prompt + generated + reread tokens), backward FLOPs = 4 * "
+    "parameters * backward tokens; attention's products, padding and passes over the weights alone "
+    "left out, common prompt prefixes counted in every row"
+)
+
+
+@dataclass
+class Tokens:
+    """Tokens through the model: `prompt` read, `generated`, `reread` forward by an optimiser (old
+    policy and reference model included), `backward`."""
+
+    prompt: int = 0
+    generated: int = 0
+    reread: int = 0
+    backward: int = 0
+
+    def flops(self, parameters: int) -> tuple[int, int]:
+        """(forward, backward) of a model of `parameters` weights; see the module."""
+        forward = self.prompt + self.generated + self.reread
+        return FORWARD * parameters * forward, BACKWARD * parameters * self.backward
+
+    def record(self, parameters: int) -> dict[str, int]:
+        """Plain JSON values."""
+        forward, backward = self.flops(parameters)
+        return {
+            **vars(self),
+            "forward_flops": forward,
+            "backward_flops": backward,
+            "flops": forward + backward,
+        }
+
+
+@dataclass
+class Account:
+    """A run's tokens so far; `parameters` of the model, tied ones once."""
+
+    parameters: int = 0
+    training: Tokens = field(default_factory=Tokens)
+    evaluation: Tokens = field(default_factory=Tokens)
+
+    def counts(self) -> dict[str, Any]:
+        """What a metrics line holds, and `take_up` takes back."""
+        return {"training": dict(vars(self.training)), "evaluation": dict(vars(self.evaluation))}
+
+    def take_up(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Goes on from `counts` of an earlier part of the run."""
+        self.training = Tokens(**counts["training"])
+        self.evaluation = Tokens(**counts["evaluation"])
+
+    def record(self) -> dict[str, Any]:
+        """summary.json's "cost"; seconds and peak memory stand beside it there."""
+        return {
+            "parameters": self.parameters,
+            "training": self.training.record(self.parameters),
+            "evaluation": self.evaluation.record(self.parameters),
+            "formula": FORMULA,
+        }

@@ -1,0 +1,223 @@
+"""`esfast grpo`: the GRPO baseline, from flags to a run folder like that of `esfast train`.
+
+The defaults are those of the default job: SmolLM2-135M-Instruct on small sums, minutes on two
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esfast import plots
+from esfast.checkpoint import LoadedModel, save_model
+from esfast.engines.base import Sampling
+from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun
+from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
+from esfast.loggers import LOGGERS, make_loggers, require_packages
+from esfast.measure import Clock
+from esfast.models import DEFAULT_MODEL, load_model
+from esfast.prior import PriorTasks
+from esfast.provenance import provenance, version
+from esfast.report import print_result
+from esfast.resume import PastRun, flags_of, resumed
+from esfast.run_folder import RunFolder, require_free
+from esfast.tasks import Task
+from esfast.train_flags import (
+    above_zero,
+    add_prior_flags,
+    add_task_flags,
+    natural,
+    not_negative,
+    positive,
+    prior_of,
+    task_of,
+)
+
+if TYPE_CHECKING:
+    from esfast.engines.transformers import TransformersEngine
+
+INTERRUPTED = 130
+DTYPES = ("float32", "bfloat16")
+TUNED = (
+    "learning rate, group size and prompts a generation: by short runs of SmolLM2-135M-Instruct "
+    "on the arithmetic task (docs/forgetting.md); another model or task needs its own"
+)
+NOT_TUNED = "all else: TRL's defaults and what `fixed` says"
+
+
+def add_grpo_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of `esfast grpo`."""
+    _add_model_flags(parser.add_argument_group("model"))
+    add_task_flags(parser.add_argument_group("task"))
+    _add_grpo_flags(parser.add_argument_group("GRPO"))
+    _add_run_flags(parser.add_argument_group("run"))
+    add_prior_flags(parser.add_argument_group("prior tasks"))
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="trained, and saved")
+    group.add_argument(
+        "--compute-dtype", choices=DTYPES, default="bfloat16", help="of products of float32 weights"
+    )
+    group.add_argument("--device", default="cpu", help="where the model lives")
+    group.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    group.add_argument("--batch-size", type=positive, default=64, help="rows decoded together")
+
+
+def _add_grpo_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--learning-rate", type=not_negative, default=1e-5)
+    group.add_argument("--group-size", type=positive, default=8, help="completions a prompt")
+    group.add_argument("--iterations", type=positive, default=1, help="optimiser steps a batch")
+    group.add_argument("--beta", type=not_negative, default=0.0, help="weight of KL to the start")
+    group.add_argument("--epsilon", type=above_zero, default=0.2, help="clipping of the ratio")
+    group.add_argument("--temperature", type=above_zero, default=1.0, help="of the completions")
+    group.add_argument("--micro-batch", type=positive, default=16, help="completions a pass")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    group.add_argument("--seed", type=natural, default=0)
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--generations", "--steps", type=positive, default=10)
+    group.add_argument("--prompts", type=positive, default=8, help="a generation")
+    group.add_argument("--fixed-prompts", action="store_true", help="the same every generation")
+    group.add_argument("--max-new-tokens", type=positive, default=None, help="the task's own")
+    group.add_argument("--eval-every", type=positive, default=5, help="generations")
+    group.add_argument("--eval-size", type=positive, default=96, help="held-out prompts at most")
+    group.add_argument("--checkpoint-every", type=natural, default=0, help="generations; 0: never")
+    group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
+    group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
+    group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
+
+
+def run_grpo(args: argparse.Namespace) -> int:
+    """The run; returns the exit code. What can be refused is refused before a model is loaded."""
+    clock = Clock(args.started_before)
+    past = resumed(args, add_grpo_arguments) if args.resume is not None else None
+    args = past.args if past is not None else args
+    require_trl()
+    require_packages(args.log_to)
+    task = task_of(args)
+    with closing(task), closing(prior_of(args)) as prior:
+        return _train(args, _config(args, task), task, prior, past, clock)
+
+
+def _train(
+    args: argparse.Namespace,
+    config: GrpoConfig,
+    task: Task,
+    prior: PriorTasks,
+    past: PastRun | None,
+    clock: Clock,
+) -> int:
+    output = _output(args, task)
+    description = {**_description(args, config, task), "prior": prior.describe()}
+    if past is None:
+        require_free(output)
+        done, checkpoint, changes = 0, None, None
+    else:
+        description, changes = past.described(description), past.changes
+        done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
+    loaded, engine = _model(args)
+    run = GrpoRun(
+        engine,
+        task,
+        config,
+        RunFolder(output, description, changes, done),
+        save_model=lambda path: save_model(loaded, path, made=description),
+        loggers=make_loggers(args.log_to, output, description),
+        clock=clock,
+    )
+    run.prior = prior
+    for line in _said(args, run):
+        run.progress.note(line)
+    result = run.run(checkpoint)
+    print_result(run.progress.console, result, output)
+    if args.plots:
+        plots.draw_run(output)
+    if result.status == "interrupted":
+        print(
+            f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
+            f"{config.generations}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
+    from esfast.engines.transformers import TransformersEngine
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    return loaded, TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
+
+
+def _config(args: argparse.Namespace, task: Task) -> GrpoConfig:
+    limit = args.max_new_tokens or task.max_new_tokens
+    return GrpoConfig(
+        sampling=Sampling(limit, temperature=args.temperature, seed=args.seed),
+        seed=args.seed,
+        generations=args.generations,
+        prompts=args.prompts,
+        fixed_prompts=args.fixed_prompts,
+        group_size=args.group_size,
+        iterations=args.iterations,
+        learning_rate=args.learning_rate,
+        beta=args.beta,
+        epsilon=args.epsilon,
+        micro_batch=args.micro_batch,
+        compute_dtype=args.compute_dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        eval_every=args.eval_every,
+        eval_size=args.eval_size,
+        checkpoint_every=args.checkpoint_every,
+    )
+
+
+def _description(args: argparse.Namespace, config: GrpoConfig, task: Task) -> dict[str, Any]:
+    made = provenance(args.command_line)
+    made["packages"]["trl"] = version("trl")
+    return {
+        "made": made,
+        "method": "grpo",
+        "model": str(args.model),
+        "dtype": args.dtype,
+        "device": args.device,
+        "task": task.describe(),
+        "settings": asdict(config),
+        "tuning": {"tuned": TUNED, "not_tuned": NOT_TUNED, "fixed": dict(SETTINGS)},
+        "arguments": flags_of(args, add_grpo_arguments),
+    }
+
+
+def _said(args: argparse.Namespace, run: GrpoRun) -> list[str]:
+    """What is trained and how, for the console."""
+    config = run.config
+    steps = f"{config.iterations} step{'s' if config.iterations > 1 else ''}"
+    return [
+        f"GRPO through TRL {version('trl')}: all {run.account.parameters / 1e6:.1f} M weights in "
+        f"{args.dtype} (products in {config.compute_dtype}), {SETTINGS['optimizer']}, learning "
+        f"rate {config.learning_rate:g}, "
+        f"{SETTINGS['learning_rate_schedule']}",
+        f"a generation: {config.prompts} prompts x {config.group_size} completions, {steps}; "
+        f"beta {config.beta:g}, epsilon {config.epsilon:g}, temperature "
+        f"{config.sampling.temperature:g}",
+        f"tuned: {TUNED}; not tuned: {NOT_TUNED} (config.json)",
+    ]
+
+
+def _output(args: argparse.Namespace, task: Task) -> Path:
+    if args.output is not None:
+        return Path(args.output)
+    return Path("runs") / f"grpo-{task.name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
