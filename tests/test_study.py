@@ -150,7 +150,8 @@ def test_a_study_runs_what_is_left_and_nothing_twice(work, monkeypatch):
     def pretend(arguments, log, running=None):
         name = "forgetting" if arguments[0] == "forgetting" else "summary"
         folder = Path(arguments[arguments.index("--output") + 1])
-        ran.append((name, folder.name))
+        run = folder.parent if name == "forgetting" else folder
+        ran.append((folder.name if name == "forgetting" else name, run.name))
         leave(folder, config={}, **{name: {"status": "finished"}})
 
     monkeypatch.setattr(study_runs, "process", pretend)

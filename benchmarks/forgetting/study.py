@@ -143,10 +143,11 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
 
 
 def _report(scale: Scale, work: Work, output: Path) -> None:
-    first = min(seed for arm in scale.arms for seed in arm.seeds)
-    there = [run for run in scale.runs() if run.seed == first and run.arm.main]
-    folders = [str(work.folder(run)) for run in there if work.folder(run).exists()]
-    process(["report", *folders, "-o", str(output / "report.html")], work.path / "logs/report.log")
+    """All runs of the main arms, grouped by arm; the sweep is in the tables and pictures."""
+    folders = [str(work.folder(run)) for run in finished_runs(scale, work) if run.arm.main]
+    title = f"Forgetting: the study at the {scale.name} scale"
+    arguments = ["report", *folders, "-o", str(output / "report.html"), "--title", title]
+    process(arguments, work.path / "logs" / "report.log")
 
 
 def _relative(arguments: Sequence[str]) -> list[str]:

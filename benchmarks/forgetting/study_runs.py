@@ -1,7 +1,6 @@
 """Runs the study's table: every run is a command of esfast in a process of its own.
 
-    WORK/runs/KEY/         the run folder that esfast wrote
-    WORK/diagnosis/KEY/    what `esfast forgetting` found
+    WORK/runs/KEY/         the run folder that esfast wrote; in it forgetting/, its diagnosis
     WORK/commands/KEY.json the arguments that it was begun with
     WORK/logs/KEY.log      what they printed
 
@@ -31,12 +30,13 @@ from study_table import Scale, StudyRun
 
 import esfast
 from esfast.errors import ConfigError, EsfastError
+from esfast.html_report.run_data import DIAGNOSTICS
 from esfast.run_folder import CONFIG, MODEL, SUMMARY, append_line, read_json, read_lines
 from esfast.whole_file import whole_file
 
-DIAGNOSED = "forgetting.json"
+DIAGNOSED = DIAGNOSTICS.name
 STORED = "-as-bfloat16"
-"""Ends the name of the diagnosis of a checkpoint's weights as they would be stored in bf16."""
+"""Ends the name of the folder that diagnoses a checkpoint as bf16 would store it."""
 SESSIONS = "sessions.jsonl"
 STOP_SECONDS = 60.0
 
@@ -55,7 +55,7 @@ class Work:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for part in ("runs", "diagnosis", "commands", "logs"):
+        for part in ("runs", "commands", "logs"):
             (path / part).mkdir(parents=True, exist_ok=True)
 
     def folder(self, run: StudyRun) -> Path:
@@ -63,8 +63,11 @@ class Work:
         return self.path / "runs" / run.key
 
     def diagnosis(self, run: StudyRun, kind: str = "") -> Path:
-        """Where the diagnosis of a run goes; `kind` is STORED or nothing."""
-        return self.path / "diagnosis" / f"{run.key}{kind}"
+        """Where the diagnosis of a run goes, in its folder as `esfast report` looks for it.
+
+        kind: STORED or nothing.
+        """
+        return self.folder(run) / f"{DIAGNOSTICS.parent}{kind}"
 
     def log(self, run: StudyRun) -> Path:
         """What the run's processes printed."""
