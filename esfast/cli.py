@@ -1,4 +1,4 @@
-"""The command line: `esfast train`, `replay`, `export-adapter`, `apply`, `bench`, `info`.
+"""The command line: `esfast train`, `forgetting`, `replay`, `apply`, `bench`, `info` and others.
 
 What a user can mend is one paragraph on standard error and exit code 2; Ctrl-C is 130; anything
 else is a bug and keeps its traceback.
@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from esfast import __version__, info
+from esfast.diagnosis import add_forgetting_arguments, run_forgetting
 from esfast.errors import EsfastError
 from esfast.grpo_command import add_grpo_arguments, run_grpo
 from esfast.measure import seconds_since_import
@@ -89,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_grpo_arguments(grpo)
     grpo.set_defaults(run=run_grpo)
+    diagnosed = commands.add_parser(
+        "forgetting",
+        help="what runs and checkpoints changed: weights by layer and group, KL, scores",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_forgetting_arguments(diagnosed)
+    diagnosed.set_defaults(run=run_forgetting)
     _add_journal_commands(commands)
     if find_spec("esfast.bench") is not None:
         bench = import_module("esfast.bench")

@@ -1,0 +1,254 @@
+"""The pictures of a diagnosis, drawn from forgetting.json alone.
+
+norm.png             the norm over the generations, with the random walk that noise alone makes
+heat_rms.png         layer x module group: root mean square of the change
+heat_sparsity.png    the same: share of elements with |delta| < 1e-6
+sparsity.png         the shares a group, absolute and in units in the last place
+energy.png           the energy that the largest elements hold
+kl.png               KL in both directions on every set of prompts
+equal_norm.png       KL of changes of one length, and of noise of that length
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from esfast.diagnosis.records import EQUAL, OWN, Row, last, models, sparsity, within_one_ulp
+from esfast.forgetting.laws import random_walk_norm
+from esfast.plots import picture
+from esfast.provenance import one_line
+
+COLOURS = ("#27465f", "#c4572e", "#5a8f69", "#8d6cab", "#b8902f", "#4f9fb5", "#7a7a7a")
+GREY = "#999999"
+DIRECTIONS = ("KL(base || tuned)", "KL(tuned || base)")
+Panel = Callable[[Any], None]
+
+
+def draw(folder: Path, found: Row) -> list[Path]:
+    """Draws what there is; returns the pictures. ConfigError without matplotlib."""
+    subjects = [s for s in found["subjects"] if s["drift"]]
+    pictures: list[tuple[str, list[Panel]]] = [
+        ("norm", [partial(_norm, found=found)]),
+        ("heat_rms", [partial(_heat, found=found, subject=s, value=_rms) for s in subjects]),
+        ("heat_sparsity", [partial(_heat, found=found, subject=s, value=None) for s in subjects]),
+        ("sparsity", [partial(_bars, found=found, ulps=ulps) for ulps in (False, True)]),
+        ("energy", [partial(_energy, found=found)]),
+        ("kl", _kl_panels(found, OWN)),
+        ("equal_norm", [*_kl_panels(found, EQUAL), *_score_panels(found)]),
+    ]
+    made = one_line(found["made"])
+    paths = []
+    for name, panels in pictures:
+        if panels:
+            picture(folder / f"{name}.png", panels, made)
+            paths.append(folder / f"{name}.png")
+    return paths
+
+
+def _norm(axes: Any, found: Row) -> None:
+    ends = [s["drift"][-1]["generation"] or 0 for s in found["subjects"]]
+    for colour, subject in zip(_colours(found), found["subjects"], strict=False):
+        norms = [record["whole"]["norm"] for record in subject["drift"]]
+        generations = [record["generation"] for record in subject["drift"]]
+        if subject["kind"] == "checkpoint":
+            axes.axhline(norms[0], color=colour, label=f"{subject['name']} (checkpoint)")
+            continue
+        axes.plot(generations, norms, color=colour, marker="o", label=subject["name"])
+        walk = _walk(subject, max(ends))
+        axes.plot(*walk, color=colour, linestyle=":", linewidth=1)
+    axes.plot([], [], color=GREY, linestyle=":", label="noise alone, α √(T d / N)")
+    axes.set(title="Norm of the change", xlabel="generation", ylabel="‖tuned − base‖₂")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _walk(subject: Row, end: int) -> tuple[list[float], list[float]]:
+    settings, elements = subject["settings"], subject["drift"][0]["whole"]["elements"]
+    times = [end * i / 60 for i in range(61)]
+    alpha, members = settings["alpha"], settings["population_size"]
+    return times, [random_walk_norm(alpha, members, elements, t) for t in times]
+
+
+def _rms(change: Row) -> float | None:
+    return change["rms"]
+
+
+def _heat(axes: Any, found: Row, subject: Row, value: Callable[[Row], float | None] | None) -> None:
+    """Rows: layers from 0, then what lies outside them. value None: the share below 1e-6."""
+    record = subject["drift"][-1]
+    cells = {(cell["layer"], cell["group"]): cell for cell in record["cells"]}
+    layers: list[int | None] = [int(layer) for layer in record["layers"]]
+    layers += [None] if any(layer is None for layer, _ in cells) else []
+    groups = [group for group in found["groups"] if group in record["groups"]]
+    shown = value or partial(sparsity, found)
+    rows = [[_or_nan(cells.get((layer, g)), shown) for g in groups] for layer in layers]
+    limits = {"vmin": 0.0, "vmax": 1.0} if value is None else {"vmin": 0.0, "vmax": _top(found)}
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+    axes.figure.colorbar(image, ax=axes)
+    step = max(1, len(layers) // 10)
+    ticks = [n for n, layer in enumerate(layers) if layer is None or n % step == 0]
+    if len(ticks) > 1 and ticks[-1] - ticks[-2] < step and layers[ticks[-1]] is None:
+        del ticks[-2]
+    names = ["outside" if layers[n] is None else str(layers[n]) for n in ticks]
+    axes.set_yticks(ticks, names)
+    axes.set_xticks(range(len(groups)), [g.replace("attention_", "attn. ") for g in groups])
+    axes.tick_params(axis="x", labelsize=8)
+    what = "share |Δ| < 1e-6" if value is None else "rms of Δ"
+    axes.set(title=f"{_short(subject['name'])}: {what}{_at(record)}", ylabel="layer")
+
+
+def _top(found: Row) -> float:
+    """One colour scale for all subjects where the largest is less than ten times the smallest, so
+    that an equal colour is an equal change; else a scale each."""
+    tops = [
+        max((c["rms"] or 0.0) for c in s["drift"][-1]["cells"])
+        for s in found["subjects"]
+        if s["drift"]
+    ]
+    return max(tops) if max(tops) < 10 * min(tops) else math.nan
+
+
+def _or_nan(cell: Row | None, value: Callable[[Row], float | None]) -> float:
+    seen = value(cell) if cell is not None else None
+    return math.nan if seen is None else seen
+
+
+def _bars(axes: Any, found: Row, ulps: bool) -> None:
+    """A cluster a module group, a bar a subject."""
+    value = within_one_ulp if ulps else sparsity
+    groups = [g for g in found["groups"] if any(g in _last(s)["groups"] for s in found["subjects"])]
+    series = []
+    for subject in found["subjects"]:
+        record = _last(subject)
+        changes = [record["whole"], *(record["groups"].get(g) for g in groups)]
+        series.append([_or_nan(change, partial(value, found)) for change in changes])
+    names = [s["name"] for s in found["subjects"]]
+    _clusters(axes, ["all", *groups], names, series, _colours(found))
+    axes.set_ylim(0, 1.02)
+    title = "Change of at most one unit in the last place" if ulps else "Sparsity, |Δ| < 1e-6"
+    axes.set(title=title, ylabel="share of elements")
+
+
+def _clusters(
+    axes: Any,
+    ticks: Sequence[str],
+    names: Sequence[str],
+    series: Sequence[Sequence[float]],
+    colours: Sequence[str],
+    spans: Sequence[Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """Bars, a cluster a tick; spans: (below, above) of each."""
+    width = 0.8 / max(len(series), 1)
+    for number, values in enumerate(series):
+        at = [tick + width * (number - (len(series) - 1) / 2) for tick in range(len(ticks))]
+        error = None if spans is None else list(zip(*spans[number], strict=True))
+        axes.bar(
+            at,
+            values,
+            width * 0.92,
+            yerr=error,
+            capsize=3,
+            color=colours[number % len(colours)],
+            label=_short(names[number]),
+            error_kw={"linewidth": 1},
+        )
+    shown = [tick.replace("attention_", "attn.\n") for tick in ticks]
+    axes.set_xticks(range(len(ticks)), shown, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _energy(axes: Any, found: Row) -> None:
+    shares = found["energy_shares"]
+    for colour, subject in zip(_colours(found), found["subjects"], strict=False):
+        held = _last(subject)["energy"]["whole"]["held"]
+        if held[0] is not None:
+            axes.plot(shares, held, color=colour, marker="o", markersize=3, label=subject["name"])
+    cuts = [4.6 * i / 200 for i in range(201)]
+    dense = [(math.erfc(c / math.sqrt(2)), _gaussian_energy(c)) for c in cuts]
+    axes.plot(*zip(*dense, strict=True), color=GREY, linestyle=":", label="Gaussian noise")
+    axes.set(
+        title="Energy held by the largest elements",
+        xlabel="share of the elements",
+        ylabel="share of Σ Δ²",
+        xscale="log",
+    )
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _gaussian_energy(cut: float) -> float:
+    """Of a standard normal, the share of the energy beyond `cut` deviations."""
+    density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
+    return math.erfc(cut / math.sqrt(2)) + 2 * cut * density
+
+
+def _kl_panels(found: Row, norm: str) -> list[Panel]:
+    there = [(name, last(model["kl"])) for at, name, model in models(found) if at == norm]
+    there = [(name, records) for name, records in there if records]
+    if not there:
+        return []
+    return [partial(_kl, there=there, direction=d, norm=norm) for d in DIRECTIONS]
+
+
+def _kl(axes: Any, there: list[tuple[str, list[Row]]], direction: str, norm: str) -> None:
+    sets = list(dict.fromkeys((r["prompts"], r["kind"]) for _, records in there for r in records))
+    series, spans = [], []
+    for _, records in there:
+        of = {r["prompts"]: r["exact"]["token_weighted"] for r in records
+              if r["direction"] == direction}  # fmt: skip
+        series.append([of[name]["value"] if name in of else math.nan for name, _ in sets])
+        spans.append([_span(of.get(name)) for name, _ in sets])
+    ticks = [f"{name}\n({kind})" for name, kind in sets]
+    _clusters(axes, ticks, [name for name, _ in there], series, COLOURS, spans)
+    what = "" if norm == OWN else ", changes of one length"
+    axes.set(title=f"{direction}{what}", ylabel="nats a token, 95 % over prompts")
+    axes.set_ylim(bottom=0)
+
+
+def _span(estimate: Row | None) -> tuple[float, float]:
+    if estimate is None:
+        return 0.0, 0.0
+    return estimate["value"] - estimate["low"], estimate["high"] - estimate["value"]
+
+
+def _score_panels(found: Row) -> list[Panel]:
+    controls = [(n, m["scores"]) for at, n, m in models(found) if at == EQUAL and m["scores"]]
+    if not controls:
+        return []
+    return [partial(_scores, there=[("base", found["base_scores"]), *controls])]
+
+
+def _scores(axes: Any, there: list[tuple[str, list[Row]]]) -> None:
+    sets = list(dict.fromkeys((r["prompts"], r["kind"]) for _, records in there for r in records))
+    series, spans = [], []
+    for _, records in there:
+        of = {r["prompts"]: r for r in records}
+        series.append([of[name]["score"] for name, _ in sets])
+        ends = [(of[name]["score"], *of[name]["score_95"]) for name, _ in sets]
+        spans.append([(value - low, high - value) for value, low, high in ends])
+    ticks = [f"{name}\n({kind})" for name, kind in sets]
+    colours = (GREY, *COLOURS)
+    _clusters(axes, ticks, [name for name, _ in there], series, colours, spans)
+    axes.set(title="Score, changes of one length", ylabel="score, 95 % over prompts")
+    axes.set_ylim(bottom=0)
+
+
+def _colours(found: Row) -> list[str]:
+    return [COLOURS[n % len(COLOURS)] for n in range(len(found["subjects"]))]
+
+
+def _last(subject: Row) -> Row:
+    record: Row = subject["drift"][-1]
+    return record
+
+
+def _at(record: Row) -> str:
+    return "" if record["generation"] is None else f", generation {record['generation']}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else "…" + name[-27:]

@@ -1,0 +1,83 @@
+"""Which prompts `esfast forgetting` asks: the held-out ones of the target task and of prior tasks.
+
+The target is what --task, --data or --reward name, else what the first run was trained on, as its
+config.json says. Prior tasks are named as `esfast train --prior-tasks` takes them; a task of
+lm-evaluation-harness has no prompts that a sampled answer belongs to, and is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from esfast.errors import ConfigError
+from esfast.forgetting.answers import PromptSet
+from esfast.prior.evaluation import OwnTask, PriorSettings, make_prior_task
+from esfast.run_folder import CONFIG, read_config
+from esfast.train_flags import add_task_flags, task_of
+
+
+def prompt_sets(args: argparse.Namespace, notes: list[str]) -> list[PromptSet]:
+    """The target's set where there is one, then the prior ones. ConfigError, DataError.
+
+    notes: told what had to be left out.
+    """
+    count = max(args.kl_count if args.kl else 0, args.score)
+    sets = [*_target(args, count, notes), *_prior(args, count)]
+    names = [prompts.name for prompts in sets]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"the prompts of {twice[0]} are asked for twice; leave one out.")
+    if not sets:
+        notes.append("KL and scores are left out: no task is known (give --task or --kl-prompts).")
+    return sets
+
+
+def _target(args: argparse.Namespace, count: int, notes: list[str]) -> list[PromptSet]:
+    chosen = args
+    if not (args.task or args.reward or args.data):
+        recorded = _recorded(args, notes)
+        if recorded is None:
+            return []
+        chosen = recorded
+    task = task_of(chosen)
+    return [PromptSet(task.name, "target", task, task.held_out(count))]
+
+
+def _recorded(args: argparse.Namespace, notes: list[str]) -> argparse.Namespace | None:
+    """The task flags of the first run that says them."""
+    parser = argparse.ArgumentParser()
+    add_task_flags(parser.add_argument_group("task"))
+    defaults = vars(parser.parse_args([]))
+    tasks = []
+    for source in args.subjects:
+        folder = Path(source).expanduser()
+        if folder.name and not folder.is_dir():
+            folder = folder.parent
+        flags = read_config(folder).get("arguments") if _is_run(folder) else None
+        if isinstance(flags, dict):
+            tasks.append({**defaults, **{n: flags[n] for n in defaults if n in flags}})
+    if any(task != tasks[0] for task in tasks):
+        notes.append(
+            "the runs were trained on different tasks; the target prompts are the first run's."
+        )
+    return argparse.Namespace(**tasks[0]) if tasks else None
+
+
+def _is_run(folder: Path) -> bool:
+    """A checkpoint's folder has a config.json of another kind."""
+    return (folder / CONFIG).is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _prior(args: argparse.Namespace, count: int) -> list[PromptSet]:
+    sets = []
+    settings = PriorSettings(size=max(count, 1), samples=0)
+    for source in (word.strip() for word in (args.kl_prompts or "").split(",") if word.strip()):
+        task = make_prior_task(source, settings)
+        if not isinstance(task, OwnTask):
+            raise ConfigError(
+                f"--kl-prompts {source} is a task of lm-evaluation-harness, whose requests are no "
+                "prompts to answer; give a task of esfast's or a JSONL file of prompts."
+            )
+        sets.append(PromptSet(task.name, "prior", task.task, task.task.held_out(count)))
+    return sets
