@@ -16,12 +16,13 @@ embedding and output at once counts once. Tokens are those of prompts and answer
 Left out: attention's own products, which grow with the square of the length (1 % of the rest for
 SmolLM2-135M at 50 tokens, 4 * layers * hidden * context FLOPs a token); padding, and what is saved
 by computing a common prompt prefix once; the optimiser's and the perturbations' passes over the
-weights, which are bound by memory and are in the seconds. Evaluation is counted apart.
+weights, which are bound by memory and are in the seconds. The held-out evaluation is counted apart,
+prior tasks not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,23 +63,38 @@ class Tokens:
 
 @dataclass
 class Account:
-    """A run's tokens so far; `parameters` of the model, tied ones once."""
+    """A run's tokens so far; `parameters` of the model, tied ones once. `known`: False where an
+    earlier part of the run, or the engine, did not say how many there were."""
 
     parameters: int = 0
     training: Tokens = field(default_factory=Tokens)
     evaluation: Tokens = field(default_factory=Tokens)
+    known: bool = True
 
-    def counts(self) -> dict[str, Any]:
-        """What a metrics line holds, and `take_up` takes back."""
+    def counts(self) -> dict[str, Any] | None:
+        """What a metrics line holds as "cost"."""
+        if not self.known:
+            return None
         return {"training": dict(vars(self.training)), "evaluation": dict(vars(self.evaluation))}
 
-    def take_up(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Goes on from `counts` of an earlier part of the run."""
-        self.training = Tokens(**counts["training"])
-        self.evaluation = Tokens(**counts["evaluation"])
+    def go_on(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from the metrics lines of an earlier part of the run."""
+        counts = lines[-1].get("cost") if lines else self.counts()
+        self.known = counts is not None
+        if counts is not None:
+            self.training = Tokens(**counts["training"])
+            self.evaluation = Tokens(**counts["evaluation"])
 
-    def record(self) -> dict[str, Any]:
+    def read(self, tokens: Tokens, prompt: int, generated: int) -> None:
+        """Adds prompts read and answers generated to `tokens`, which is one of the two parts."""
+        self.known = self.known and prompt > 0  # no prompt is empty: the engine did not say
+        tokens.prompt += prompt
+        tokens.generated += generated
+
+    def record(self) -> dict[str, Any] | None:
         """summary.json's "cost"; seconds and peak memory stand beside it there."""
+        if not self.known:
+            return None
         return {
             "parameters": self.parameters,
             "training": self.training.record(self.parameters),

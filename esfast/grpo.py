@@ -30,7 +30,7 @@ from esfast.cost import Account
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.transformers import TransformersEngine
 from esfast.errors import ConfigError
-from esfast.held_out import HeldOut
+from esfast.held_out import HeldOut, samples
 from esfast.loggers import Logger
 from esfast.measure import (
     EVALUATION,
@@ -48,7 +48,7 @@ from esfast.measure import (
 from esfast.prior import PriorSettings, PriorTasks
 from esfast.prior.evaluation import PRIOR
 from esfast.progress import GenerationReport, RunProgress
-from esfast.run_folder import METRICS, SAMPLES, SUMMARY, RunFolder, read_lines
+from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
 from esfast.tasks.base import Example, Score, Task
 from esfast.train import SAMPLES_SHOWN, Memory, TrainResult
 
@@ -211,7 +211,7 @@ class GrpoRun:
         prompts = [example.prompt for example in self.batch(0)] * self.config.group_size
         self._generate(prompts, self._sampling(0))
         self._inference_peak = peak_bytes() if can_measure else None
-        self.folder.write(SAMPLES, self._samples())
+        self._write_samples()
 
     def _optimise(self, resume: Path | None) -> None:
         from esfast.grpo_trl import make_trainer, quietly
@@ -274,12 +274,10 @@ class GrpoRun:
 
     def _take_up(self) -> None:
         """Goes on from the metrics lines of an earlier part of the run."""
-        metrics = self.folder.path / METRICS
-        rows = list(read_lines(metrics)) if metrics.exists() else []
-        if rows:
-            self.generation = rows[-1]["generation"]
-            self.account.take_up(rows[-1]["cost"])
-            self._failed_rewards = sum(row["failed_rewards"] for row in rows)
+        rows = self.folder.lines()
+        self.account.go_on(rows)
+        self.generation = rows[-1]["generation"] if rows else 0
+        self._failed_rewards = sum(row["failed_rewards"] for row in rows)
 
     # --- the account and the records -------------------------------------------------------------
 
@@ -290,15 +288,12 @@ class GrpoRun:
     def _count(self, completions: Sequence[Completion]) -> None:
         """Adds the passes that TRL makes over these rows; see `esfast.cost`."""
         config, training = self.config, self.account.training
-        read = sum(completion.prompt_tokens for completion in completions)
-        self._tokens = sum(completion.tokens for completion in completions)
-        whole = read + self._tokens
+        read, self._tokens = _tokens(completions)
         passes = config.iterations * (2 if config.gradient_checkpointing else 1)
         passes += (config.iterations > 1) + (config.beta > 0)
-        training.prompt += read
-        training.generated += self._tokens
-        training.reread += whole * passes
-        training.backward += whole * config.iterations
+        self.account.read(training, read, self._tokens)
+        training.reread += (read + self._tokens) * passes
+        training.backward += (read + self._tokens) * config.iterations
 
     def _report(self, generation: int) -> GenerationReport:
         values = np.array([score.value for score in self._scores], dtype=np.float64)
@@ -339,9 +334,7 @@ class GrpoRun:
         self.progress.doing("held-out prompts")
         prompts = [example.prompt for example in self._held_out]
         completions = self._generate(prompts, replace(self.config.sampling, temperature=0.0))
-        evaluation = self.account.evaluation
-        evaluation.prompt += sum(completion.prompt_tokens for completion in completions)
-        evaluation.generated += sum(completion.tokens for completion in completions)
+        self.account.read(self.account.evaluation, *_tokens(completions))
         texts = [completion.text for completion in completions]
         scores = self.task.score_all(self._held_out, texts)
         self.clock.lap(EVALUATION)
@@ -364,24 +357,15 @@ class GrpoRun:
         self.progress.generation(report, held_out)
         self.clock.lap(RECORDS)
 
-    def _samples(self) -> list[dict[str, Any]]:
-        """Answers before and after (the last that were measured), with their scores."""
-        samples: list[dict[str, Any]] = []
-        for index, example in enumerate(self._held_out[:SAMPLES_SHOWN]):
-            sample: dict[str, Any] = {"prompt": example.prompt}
-            for when, held_out in (("before", self._before), ("after", self._after)):
-                if held_out is not None:
-                    answer, score = held_out.completions[index], held_out.scores[index].value
-                    generation = held_out.generation
-                    sample[when] = {"answer": answer, "score": score, "generation": generation}
-            samples.append(sample)
-        return samples
+    def _write_samples(self) -> None:
+        shown = self._held_out[:SAMPLES_SHOWN]
+        self.folder.write(SAMPLES, samples(shown, self._before, self._after))
 
     def _finish(self, status: str) -> TrainResult:
         """Samples, the model unless an error came upon it in the middle of a step, the summary."""
         self.clock.lap(RECORDS)
         self.progress.doing("saving")
-        self.folder.write(SAMPLES, self._samples())
+        self._write_samples()
         whole = not (status == "failed" and self.interrupts.moving)
         if self.generation and whole:
             self._save_model(self.folder.model)
@@ -402,3 +386,8 @@ class GrpoRun:
         )
         self.folder.write(SUMMARY, {**result.record(), "cost": self.account.record()})
         return result
+
+
+def _tokens(completions: Sequence[Completion]) -> tuple[int, int]:
+    """Tokens of the prompts, a row each, and of the answers."""
+    return sum(c.prompt_tokens for c in completions), sum(c.tokens for c in completions)

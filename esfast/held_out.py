@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from esfast.tasks.base import Score
+from esfast.tasks.base import Example, Score
 
 Z95 = 1.959964
 
@@ -83,6 +83,22 @@ def rise(before: HeldOut, after: HeldOut) -> tuple[float, float]:
     if error == 0.0:
         return mean, math.copysign(math.inf, mean) if mean else 0.0
     return mean, mean / error
+
+
+def samples(
+    examples: Sequence[Example], before: HeldOut | None, after: HeldOut | None
+) -> list[dict[str, Any]]:
+    """The answers to the first of the held-out prompts, before and after, with their scores."""
+    shown: list[dict[str, Any]] = []
+    for index, example in enumerate(examples):
+        sample: dict[str, Any] = {"prompt": example.prompt}
+        for when, held_out in (("before", before), ("after", after)):
+            if held_out is not None:
+                answer, score = held_out.completions[index], held_out.scores[index].value
+                generation = held_out.generation
+                sample[when] = {"answer": answer, "score": score, "generation": generation}
+        shown.append(sample)
+    return shown
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

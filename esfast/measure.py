@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,13 @@ class Clock:
         self._last = now
         self.seconds[name] += spent
         return spent
+
+    def move(self, names: Sequence[str], to: str, since: Mapping[str, float]) -> None:
+        """Puts what `names` have gained over the earlier reading `since` to `to` instead."""
+        for name in names:
+            was = since.get(name, 0.0)
+            self.seconds[to] += self.seconds[name] - was
+            self.seconds[name] = was
 
     def outside_share(self, names: tuple[str, ...] = LOOP) -> float:
         """The share of the time of `names` that was neither generation nor scoring; 0 to 1."""

@@ -87,6 +87,8 @@ class Rollout:
         self.config = config
         self.clock = clock
         self.workers: Workers = Alone()
+        self.read_tokens = 0
+        """Of the prompts answered last, all of them together."""
 
     def answers(
         self, batch: list[Example], sampling: Sampling
@@ -104,6 +106,7 @@ class Rollout:
         completions = self.engine.generate([example.prompt for example in batch], sampling)
         self.clock.lap(GENERATING)
         texts = [completion.text for completion in completions]
+        self.read_tokens = sum(completion.prompt_tokens for completion in completions)
         pending = self.task.score_later(batch, texts)
         self.clock.lap(SCORING)
         return pending, texts, sum(completion.tokens for completion in completions)

@@ -101,6 +101,11 @@ class RunFolder:
         """One line of metrics.jsonl."""
         append_line(self.path / METRICS, record)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.path / METRICS
+        return list(read_lines(path)) if path.exists() else []
+
     def write(self, name: str, content: Any) -> None:
         """The JSON file `name`, replaced at once."""
         self._replace(name, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -13,25 +13,29 @@ goes on from its end, to the bit; its base is evaluated again, to compare with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from esfast.cost import Account
 from esfast.engines.base import Engine
 from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
-from esfast.held_out import HeldOut, rise
+from esfast.held_out import HeldOut, rise, samples
 from esfast.journal import JournalWriter
 from esfast.journal_format import MarkRecord, SegmentRecord
 from esfast.loggers import Logger
 from esfast.measure import (
+    EVALUATION,
     FINISH,
     GENERATION,
     LOOP,
     PRIOR_TASKS,
     RECORDS,
+    SCORING,
     SETUP,
     Clock,
     peak_bytes,
@@ -131,6 +135,7 @@ class Trainer:
         self.clock = clock or Clock()
         self.rollout = Rollout(engine, task, config, self.clock)
         self.progress = RunProgress(config.generations, config.strategy.population_size)
+        self.account = Account()
         self._save_model = save_model
         self._anchor = anchor
         self._held_out = tuple(task.held_out(config.eval_size))
@@ -176,10 +181,12 @@ class Trainer:
         self._inference_peak = peak_bytes() if can_measure else None
         self.clock.lap(SETUP)
         self.es = strategy_over(self.engine, self.config, self._anchor)
+        self.account.parameters = sum(math.prod(spec.shape) for spec in self.es.weights.specs())
         self._tell_memory(self.es)
         self._open_journal(self.es)
         self._caught_up = True
-        self.folder.write(SAMPLES, self._samples())
+        self.account.go_on(self.folder.lines())
+        self._write_samples()
         self.clock.lap(SETUP)
 
     def _open_journal(self, es: EvolutionStrategy) -> None:
@@ -237,6 +244,8 @@ class Trainer:
         generation = es.generation
         earned = self.rollout.population(es, lambda n: self.progress.member(generation, n))
         self._failed_rewards += earned.failed
+        read = self.rollout.read_tokens * self.config.strategy.population_size
+        self.account.read(self.account.training, read, earned.tokens)
         saturated = self._step(es, earned)
         members = earned.rewards.mean(axis=1) if earned.rewards.ndim == 2 else earned.rewards
         return GenerationReport(
@@ -270,7 +279,10 @@ class Trainer:
 
     def _evaluate(self, generation: int) -> HeldOut:
         self.progress.doing("held-out prompts")
-        scores, texts, _ = self.rollout.answers(list(self._held_out), self._greedy)
+        started = dict(self.clock.seconds)
+        scores, texts, tokens = self.rollout.answers(list(self._held_out), self._greedy)
+        self.clock.move((GENERATION, SCORING), EVALUATION, started)
+        self.account.read(self.account.evaluation, self.rollout.read_tokens, tokens)
         return HeldOut(generation, tuple(scores), tuple(texts))
 
     def _evaluate_prior(self, generation: int) -> None:
@@ -287,6 +299,7 @@ class Trainer:
         line: dict[str, Any] = {"generation": report.generation, **report.numbers()}
         line["total_seconds"] = dict(self.clock.seconds)
         line["held_out"] = held_out and held_out.record()
+        line["cost"] = self.account.counts()
         self.folder.add_metrics(line)
         numbers = report.numbers()
         if held_out is not None:
@@ -309,24 +322,15 @@ class Trainer:
             journal.append(MarkRecord(self.es.generation, self.es.weights.checksum()))
         journal.close()
 
-    def _samples(self) -> list[dict[str, Any]]:
-        """Answers before and after (the last that were measured), with their scores."""
-        samples: list[dict[str, Any]] = []
-        for index, example in enumerate(self._held_out[:SAMPLES_SHOWN]):
-            sample: dict[str, Any] = {"prompt": example.prompt}
-            for when, held_out in (("before", self._before), ("after", self._after)):
-                if held_out is not None:
-                    answer, score = held_out.completions[index], held_out.scores[index].value
-                    generation = held_out.generation
-                    sample[when] = {"answer": answer, "score": score, "generation": generation}
-            samples.append(sample)
-        return samples
+    def _write_samples(self) -> None:
+        shown = self._held_out[:SAMPLES_SHOWN]
+        self.folder.write(SAMPLES, samples(shown, self._before, self._after))
 
     def _finish(self, status: str) -> TrainResult:
         """Samples, model, loggers, and last the summary."""
         self.clock.lap(RECORDS)
         self.progress.doing("saving")
-        self.folder.write(SAMPLES, self._samples())
+        self._write_samples()
         generations = self.es.generation if self.es is not None and self._caught_up else 0
         if generations:
             self._save_model(self.folder.model)
@@ -346,5 +350,5 @@ class Trainer:
             failed_rewards=self._failed_rewards,
             prior=self.prior,
         )
-        self.folder.write(SUMMARY, result.record())
+        self.folder.write(SUMMARY, {**result.record(), "cost": self.account.record()})
         return result
