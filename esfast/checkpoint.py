@@ -50,17 +50,25 @@ def is_model_folder(folder: Path) -> bool:
 
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that hold the model of `folder`: the index's, else model.safetensors,
-    else all there are. DataError for an index that cannot be read."""
+    else all there are; a file is itself. DataError for an index that cannot be read."""
     where = Path(folder)
+    if not where.is_dir():
+        return [where]
     if (where / INDEX).is_file():
-        try:
-            index = json.loads((where / INDEX).read_text(encoding="utf-8"))
-            names = {Path(name).name for name in index["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{where / INDEX} has no readable weight_map ({error}).") from error
-        return [where / name for name in sorted(names)]
+        return [where / name for name in _indexed(where / INDEX)]
     single = where / "model.safetensors"
-    return [single] if single.is_file() else sorted(where.glob("*.safetensors"))
+    others = [] if single.is_file() else sorted(where.glob("*.safetensors"))
+    return others or [single]
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"'{index}' has no readable weight_map ({error}).") from error
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise DataError(f"'{index}' names files outside its folder; it is not trusted.")
+    return sorted(names)
 
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
@@ -132,7 +140,7 @@ def save_model(
     that holds something else, EsfastError for a full disk; `folder` is then as it was.
     """
     target = Path(folder).expanduser().absolute()
-    _require_replaceable(target)
+    require_replaceable(target)
     require_disk(target, _weights_bytes(loaded.model) + SMALL_FILES, f"saving a model to {folder}")
     try:
         with new_folder(target) as fresh:
@@ -188,7 +196,8 @@ def _settle(folder: Path) -> None:
         sync(path)
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """ConfigError unless a model may be saved at `target`: nothing, an empty folder or a model."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from esfast.checkpoint import LoadedModel
+from esfast.checkpoint import LoadedModel, stored_shapes
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.resources import readable, require_memory
 
@@ -137,22 +136,11 @@ def _require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> Non
 
 def _elements(folder: Path) -> int:
     """How many numbers the safetensors files of `folder` hold, from their headers."""
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (no mapping)
-                    count += torch.Size(file.get_slice(name).get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"{path} is no whole safetensors file: {_first_line(error)}. Save or fetch the "
-                f"model again."
-            ) from None
-    return count
+    return sum(torch.Size(shape).numel() for shape in stored_shapes(folder).values())
 
 
 def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     strict: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
@@ -171,8 +159,21 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             f"{folder} lacks {len(wrong)} weights that its config.json asks for, or has them "
             f"in another shape: {wrong[0]}. Save or fetch the model again."
         )
+    return model, _tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder. DataError where there is none."""
+    _require_transformers()
+    with _quiet():
+        return _tokenizer(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        return model, AutoTokenizer.from_pretrained(folder, **known)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"{folder} has no tokenizer that transformers loads: {_first_line(error)}. Save one "

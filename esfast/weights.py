@@ -103,9 +103,7 @@ class Weights:
             self._streamed = streamed(anchor, rows, table.device)
         self._core = make_table(rows, table.device)
         counted = table.counted
-        self._counted = (
-            self._core if counted.all() else make_table(rows[counted], table.device)
-        )
+        self._counted = self._core if counted.all() else make_table(rows[counted], table.device)
         if self._bases:
             self._core.capture(self.threads)
 
@@ -305,11 +303,26 @@ class Weights:
 
         ValueError for what is damaged or does not fit this table.
         """
+        self.load_state(self.check_state(path))
+
+    def check_state(self, path: Path) -> list[torch.Tensor]:
+        """The tensors of a file of `write_state`, compared with this table; ValueError as above."""
         try:
-            state = state_file.read(path, self.state(), self._checksum_of)
+            return state_file.read(path, self.state(), self._checksum_of)
         except state_file.UNREADABLE as error:
             raise ValueError(str(error)) from error
-        self.load_state(state)
+
+    def rebase(self) -> None:
+        """Takes the live weights as they are, edited by somebody else, as what edits start from.
+
+        StateError where a member is applied.
+        """
+        if self.perturbed:
+            raise StateError(
+                "a member is applied; restore before the weights are edited elsewhere."
+            )
+        if self._bases:
+            self._core.capture(self.threads)
 
     def _checksum_of(self, state: Sequence[torch.Tensor]) -> str:
         segments = zip(self.table.segments, state, strict=True)

@@ -103,12 +103,18 @@ def make_plan(rows: Sequence[list[int]], batch_size: int, pad: int, share_prefix
 
 def require_room(plan: Plan, new_tokens: int, context: int | None) -> None:
     """Raise ConfigError, naming the prompt, unless all prompts and answers fit the context."""
-    if context is None or plan.longest + new_tokens <= context:
+    require_length(plan.lengths, new_tokens, context)
+
+
+def require_length(lengths: Sequence[int], new_tokens: int, context: int | None) -> None:
+    """The same for prompts of these lengths in tokens."""
+    longest = max(lengths)
+    if context is None or longest + new_tokens <= context:
         return
-    at = plan.lengths.index(plan.longest)
+    at = lengths.index(longest)
     raise ConfigError(
-        f"prompt {at} has {plan.longest} tokens; with max_new_tokens={new_tokens} it needs "
-        f"{plan.longest + new_tokens}, and the model's context holds {context}. Shorten the prompt "
+        f"prompt {at} has {longest} tokens; with max_new_tokens={new_tokens} it needs "
+        f"{longest + new_tokens}, and the model's context holds {context}. Shorten the prompt "
         f"or lower max_new_tokens."
     )
 

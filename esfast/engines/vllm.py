@@ -1,0 +1,345 @@
+"""VLLMEngine: text from vLLM, whose workers hold the weights and edit them in place.
+
+Prompts are tokenised here as `TransformersEngine` does, so that both give the model the same tokens
+and end answers at the same ones. vLLM runs in this process or in its own (as
+VLLM_ENABLE_V1_MULTIPROCESSING says), on one device or several (`tensor_parallel_size`). Its prefix
+cache is emptied at every call of `generate`: within a call, prompts share what they begin with;
+from one member to the next nothing is kept.
+
+When the engine starts, an edit of every kind of weight is tried, and what does not reach the
+answers is refused by name (`esfast.engines.vllm_reach`). Not promised: the tokens of another
+engine, whose sums are taken in another order; and sampled tokens are drawn by vLLM's own generator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from esfast.checkpoint import ORIGIN, new_folder, require_replaceable
+from esfast.engines import prompts as prompting
+from esfast.engines.base import Completion, Prompt, Sampling
+from esfast.engines.vllm_derived import REFUSE_LATER
+from esfast.engines.vllm_reach import require_reach
+from esfast.engines.vllm_remote import RemoteWeights, answered
+from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.members import member_seed
+from esfast.models import model_folder, read_tokenizer
+from esfast.resources import available_memory
+
+WORKER = "esfast.engines.vllm_worker.WorkerExtension"
+PLANS_KEPT = 8
+CACHE_SHARE = 8  # of the free memory of a CPU, where nothing else is asked for
+MOST_CACHE, LEAST_CACHE = 4 << 30, 1 << 28
+PROBE_TOKENS, PROBE_NEW = 12, 2
+QUANTISED = "quantization_config"
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's folder, beside its weights
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Token ids of each prompt, as vLLM takes them."""
+
+    prompts: tuple[dict[str, Any], ...]
+    lengths: tuple[int, ...]
+
+
+class VLLMEngine:
+    """Greedy and sampled generation by vLLM; see `esfast.engines.base.Engine` for the contract.
+
+    model: a folder, or a name as `esfast.models` knows it; dtype: of the weights, such as
+    "bfloat16"; batch_size: the most prompts computed together, vLLM's own choice if None;
+    system_prompt, chat: as of `TransformersEngine`; tensor_parallel_size: devices;
+    gpu_memory_utilization: the share of a device that vLLM may take (None: vLLM's own; on a CPU an
+    eighth of what is free, for its cache); options: further arguments of `vllm.LLM`.
+
+    Raises ConfigError for a quantised model or another setting that cannot work, ParameterError for
+    weights that cannot be edited or whose edits do not reach the answers, EsfastError where vLLM
+    does not start.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        batch_size: int | None = None,
+        system_prompt: str | None = None,
+        chat: bool | None = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = model_folder(model)
+        self._closed = True
+        _require_plain(self.folder, options or {})
+        _prepare(tensor_parallel_size)
+        self.tokenizer = read_tokenizer(self.folder)
+        has_template = getattr(self.tokenizer, "chat_template", None) is not None
+        if chat and not has_template:
+            raise ConfigError(
+                "chat=True, but the tokenizer has no chat template. Leave chat out to give the "
+                "prompts as plain text, or set tokenizer.chat_template."
+            )
+        self.system_prompt = system_prompt
+        self._chat = has_template if chat is None else chat
+        self._ends = sorted(ends_of(self.folder, self.tokenizer))
+        self._plans: OrderedDict[Hashable, _Rows] = OrderedDict()
+        self._tokens_generated = 0
+        self._weights: RemoteWeights | None = None
+        given = {
+            "dtype": dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            **({} if batch_size is None else {"max_num_seqs": batch_size}),
+            **_memory(gpu_memory_utilization, tensor_parallel_size, options or {}),
+            **(options or {}),
+        }
+        self._llm: Any = _start(self.folder, given)
+        self._closed = False
+        self._try_weights()
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens generated since the engine was made."""
+        return self._tokens_generated
+
+    def live_weights(
+        self, memory: str = "lean", anchor: Path | bool = False, threads: int | None = None
+    ) -> RemoteWeights:
+        """The weights in the workers; threads: a worker, its share of the cores if None."""
+        self._require_open()
+        self._weights = RemoteWeights(self._call, memory, anchor, threads)
+        return self._weights
+
+    def weights_changed(self) -> None:
+        """Nothing to do: an edit makes again what was derived, and `generate` empties the prefix
+        cache before it starts."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """One completion a prompt, in order. Raises ConfigError, DataError or StateError before
+        anything is generated."""
+        self._require_open()
+        if len(prompts) == 0:
+            return []
+        rows = self._rows(prompts)
+        prompting.require_length(rows.lengths, sampling.max_new_tokens, self._context())
+        outputs = self._run(
+            rows.prompts, [self._parameters(sampling, at) for at in range(len(prompts))]
+        )
+        completions = [
+            self._completion(output.outputs[0], sampling, read)
+            for output, read in zip(outputs, rows.lengths, strict=True)
+        ]
+        self._tokens_generated += sum(completion.tokens for completion in completions)
+        return completions
+
+    def save(self, folder: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+        """The live weights with the configuration and tokenizer of the base, as `save_model` writes
+        them: plain transformers loads the folder. Errors as of `esfast.checkpoint.save_model`."""
+        target = Path(folder).expanduser().absolute()
+        require_replaceable(target)
+        weights = self._weights or self.live_weights()
+        with new_folder(target) as fresh:
+            weights.save(fresh / "model.safetensors")
+            _copy_settings(self.folder, fresh, weights.specs()[0].dtype)
+            if made is not None:
+                (fresh / ORIGIN).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        return target
+
+    def close(self) -> None:
+        """Ends vLLM and its processes."""
+        if self._closed:
+            return
+        self._closed = True
+        self._plans.clear()
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        if os.environ.get(IN_PROCESS) == "0":
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+
+    def reach(self, all_of_them: bool = False) -> int:
+        """Tries whether edits of every kind of weight (or of every group of weights) reach the
+        answers; returns how many were tried. ParameterError, by name, where one does not."""
+        names = self._call("group_names", all_of_them)[0]
+        return require_reach(names, lambda what, name: self._each(what, name), self._probe)
+
+    def _try_weights(self) -> None:
+        try:
+            self.reach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _each(self, call: str, *arguments: Any) -> None:
+        self._call(call, *arguments)
+
+    def _call(self, name: str, *arguments: Any) -> list[Any]:
+        """What every worker's `Shard` answered to one call."""
+        self._require_open()
+        return answered(self._llm.collective_rpc("esfast", args=(name, *arguments)))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StateError("this engine is closed; make a new VLLMEngine.")
+
+    def _rows(self, prompts: Sequence[Prompt]) -> _Rows:
+        key = prompting.key(prompts)
+        rows = self._plans.pop(key, None)
+        if rows is None:
+            ids = prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
+            texts = tuple({"prompt_token_ids": row} for row in ids)
+            rows = _Rows(texts, tuple(len(row) for row in ids))
+        self._plans[key] = rows
+        if len(self._plans) > PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return rows
+
+    def _context(self) -> int:
+        return int(self._llm.llm_engine.model_config.max_model_len)
+
+    def _run(self, prompts: Sequence[Any], parameters: Any) -> list[Any]:
+        """vLLM's outputs, with nothing kept of what was generated before."""
+        if self._weights is not None:
+            self._weights.derive()
+        self._llm.reset_prefix_cache()
+        return self._llm.generate(list(prompts), parameters, use_tqdm=False)
+
+    def _parameters(self, sampling: Sampling, at: int) -> Any:
+        from vllm import SamplingParams
+
+        drawn = {} if sampling.greedy else {"seed": member_seed(sampling.seed, at, 0) >> 1}
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            stop=list(sampling.stop) or None,
+            stop_token_ids=self._ends,
+            ignore_eos=True,  # the ends are ours, whatever vLLM reads from the folder
+            detokenize=bool(sampling.stop),
+            **drawn,
+        )
+
+    def _completion(self, output: Any, sampling: Sampling, read: int) -> Completion:
+        ids = tuple(output.token_ids)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        for stop in sampling.stop:
+            text = text.split(stop, 1)[0]
+        return Completion(text, len(ids), output.finish_reason == "stop", ids, read)
+
+    def _probe(self) -> Any:
+        """What the model says to a fixed prompt: its most probable tokens and their probabilities,
+        at every place of the prompt and for the tokens after it."""
+        from vllm import SamplingParams
+
+        size = int(self._llm.llm_engine.model_config.get_vocab_size())
+        ids = [(1 + 7919 * at) % size for at in range(PROBE_TOKENS)]
+        wanted = SamplingParams(
+            max_tokens=PROBE_NEW, temperature=0.0, logprobs=1, prompt_logprobs=1, ignore_eos=True,
+            detokenize=False,
+        )  # fmt: skip
+        output = self._run([{"prompt_token_ids": ids}], wanted)[0]
+        places = [*(output.prompt_logprobs or []), *(output.outputs[0].logprobs or [])]
+        return [{token: one.logprob for token, one in place.items()} for place in places if place]
+
+
+def ends_of(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer, as TransformersEngine finds them in a model of this folder."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from esfast.engines.decoding import Ends
+
+    if (folder / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        configured = GenerationConfig.from_model_config(config)
+    return Ends.of(SimpleNamespace(generation_config=configured), tokenizer).tokens
+
+
+def _require_plain(folder: Path, options: Mapping[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    asked = options.get("quantization")
+    if QUANTISED in config or asked is not None:
+        kind = asked or config[QUANTISED].get("quant_method", "quantised")
+        raise ConfigError(
+            f"{folder.name} is {kind}-quantised; its stored numbers are no weights that noise can "
+            "be added to. Train the 16-bit model that it was made from, and quantise the result."
+        )
+
+
+def _memory(share: float | None, workers: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's own share of a GPU, or of a machine's memory that others use too a modest one."""
+    from vllm.platforms import current_platform
+
+    if share is not None:
+        return {"gpu_memory_utilization": share}
+    told = "kv_cache_memory_bytes" in options or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    room = available_memory()
+    if told or room is None or not current_platform.is_cpu():
+        return {}
+    cache = max(LEAST_CACHE, min(room // CACHE_SHARE, MOST_CACHE)) // workers
+    return {"kv_cache_memory_bytes": cache}
+
+
+def _start(folder: Path, given: Mapping[str, Any]) -> Any:
+    from vllm import LLM
+
+    try:
+        return LLM(
+            model=str(folder),
+            tokenizer=str(folder),
+            trust_remote_code=False,
+            enable_prefix_caching=True,
+            worker_extension_cls=WORKER,
+            additional_config={REFUSE_LATER: True},
+            generation_config="vllm",
+            use_tqdm_on_load=False,
+            seed=0,
+            **given,
+        )
+    except EsfastError:
+        raise
+    except Exception as error:  # whatever vLLM stumbles over
+        reason = [line for line in str(error).splitlines() if line.strip()]
+        raise EsfastError(
+            f"vLLM does not start with {folder.name}: {type(error).__name__}: "
+            f"{(reason or [''])[0][:400]} What it said before may say more "
+            "(VLLM_LOGGING_LEVEL=INFO says all)."
+        ) from error
+
+
+def _prepare(workers: int) -> None:
+    """vLLM's settings of the environment, where the user has none."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    if workers == 1:  # no message, and what it takes is measured
+        os.environ.setdefault(IN_PROCESS, "0")
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // workers)
+    lists = [cores[at * share : (at + 1) * share] or cores[-1:] for at in range(workers)]
+    bound = "|".join(",".join(map(str, one)) for one in lists)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
+
+
+def _copy_settings(base: Path, target: Path, dtype: str) -> None:
+    for pattern in SETTINGS:
+        for path in base.glob(pattern):
+            if not path.name.endswith(".index.json") and path.name != ORIGIN:
+                shutil.copyfile(path, target / path.name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,292 @@
+"""What the workers of published ES scripts do, exactly: perturb, restore, update, agree.
+
+Those scripts call names in the workers and pass seeds and scales. Their perturbation adds noise and
+their restore subtracts it; here it is the same sum, kept as a list of what is added to the weights
+as last settled:
+
+    perturb(seed, s)    adds (seed, s), or takes (seed, -s) off the list
+    restore(seed, s)    takes (seed, s) or (seed, -s) off; adds (seed, -s) where neither is there
+    before the model runs: all but the last of the list is one update, rounded once and
+    stochastically, and stays; the last is a perturbation that a restore undoes to the bit
+
+So members that are evaluated and restored cost nothing, perturbations that are meant as updates
+accumulate, and an update of one engine reaches the others as seeds and coefficients (`agree`).
+Rounding is keyed by the number of updates, as in a run of esfast with seed 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from esfast.engines.vllm_shard import Shard
+from esfast.errors import ConfigError, StateError
+from esfast.members import generation_seed
+
+LONGEST_WAIT = timedelta(minutes=30)  # for an engine whose members take longer
+_CACHES: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One update, as it is sent: what was added, rounded with the key of update number `number`.
+
+    decay: kind, lambda and alpha, or None.
+    """
+
+    number: int
+    seeds: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    decay: tuple[str, float, float] | None = None
+
+    @staticmethod
+    def of(told: dict[str, Any]) -> _Update:
+        seeds, coefficients = tuple(told["seeds"]), tuple(told["coefficients"])
+        decay = None if told["decay"] is None else tuple(told["decay"])
+        return _Update(told["number"], seeds, coefficients, decay)
+
+
+class DropIn:
+    """One worker's side of a script; `worker` is vLLM's."""
+
+    def __init__(self, shard: Shard, worker: Any) -> None:
+        self._shard = shard
+        self._added: list[tuple[int, float]] = []
+        self._live: tuple[int, float] | None = None  # what the weights have now beside the settled
+        self._updates: list[_Update] = []  # since the engines last agreed
+        self._done = 0
+        self._group: _Group | None = None
+        self._uses_prefixes = bool(worker.vllm_config.cache_config.enable_prefix_caching)
+        shard.open("lean", False, None)
+        self._base = shard.checksum()
+        run = worker.model_runner.execute_model
+
+        def settled(*arguments: Any, **options: Any) -> Any:
+            self._settle()
+            return run(*arguments, **options)
+
+        worker.model_runner.execute_model = settled
+
+    def perturb(self, seed: int, scale: float) -> None:
+        """Adds scale * noise(seed), a negative scale too; undoes the opposite one."""
+        self._forget_prefixes()
+        one = (int(seed) % 2**64, float(scale))
+        opposite = (one[0], -one[1])
+        if opposite in self._added:
+            self._take_off(opposite)
+        elif one[1]:
+            self._added.append(one)
+        self._follow()
+
+    def restore(self, seed: int, sigma: float) -> None:
+        """Takes off what `perturb` added with this seed and scale, of either sign."""
+        self._forget_prefixes()
+        one = (int(seed) % 2**64, float(sigma))
+        there = [at for at in (one, (one[0], -one[1])) if at in self._added]
+        if there:
+            self._take_off(there[0])
+        elif one[1]:
+            self._added.append((one[0], -one[1]))
+        self._follow()
+
+    def update(
+        self,
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        scale: float,
+        decay: tuple[str, float, float] | None = None,
+    ) -> None:
+        """Adds scale * sum_n coefficient_n * noise(seed_n) in one pass, after the list's."""
+        if len(seeds) != len(coefficients):
+            raise ConfigError(
+                f"{len(seeds)} seeds and {len(coefficients)} coefficients; give one a seed."
+            )
+        self._forget_prefixes()
+        self._keep_all()
+        whole = tuple(int(seed) % 2**64 for seed in seeds)
+        scaled = tuple(scale * float(coefficient) for coefficient in coefficients)
+        self._apply(_Update(self._done, whole, scaled, decay))
+
+    def keep_initial(self) -> None:
+        """Keeps a copy of the weights as they are, for decay to pull to."""
+        self._keep_all()
+        self._shard.open("lean", True, None)
+
+    def save(self, path: str) -> None:
+        """The weights, with all that was added."""
+        self._keep_all()
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        self._shard.save(str(Path(path).expanduser()))
+
+    def load(self, path: str) -> None:
+        """The weights of a file; nothing is added to them."""
+        self._forget_prefixes()
+        self._shard.load(str(Path(path).expanduser()))
+        self._added, self._live, self._updates = [], None, []
+        self._base = self._shard.checksum()
+
+    def checksum(self) -> str:
+        """Of the weights as the model would run with them."""
+        self._settle()
+        return f"{self._shard.checksum():016x}"
+
+    def meet(self, address: str, port: int, rank: int, size: int) -> None:
+        """Joins the engines of a run: `rank` of `size`; engine 0's first worker keeps the list of
+        what is exchanged, at address:port."""
+        self._keep_all()
+        self._group = _Group(address, port, rank, size, self._shard.rank)
+
+    def agree(self, source: int) -> None:
+        """Ends with the weights of engine `source` everywhere; see `WorkerExtension`."""
+        self._forget_prefixes()
+        self._keep_all()
+        if self._group is None:
+            return
+        told = {"base": self._base, "updates": [asdict(update) for update in self._updates]}
+        theirs = self._group.exchange("updates", told)[source]
+        error = self._catch_up(theirs, source)
+        seen = self._group.exchange("ended", error or f"{self._shard.checksum():016x}")
+        self._group.finish()
+        apart = [rank for rank, one in enumerate(seen) if one != seen[source]]
+        if apart or error:
+            raise StateError(
+                f"the engines' weights are apart: engine {apart[0]} has {seen[apart[0]]}, engine "
+                f"{source} {seen[source]}. Load the same weights in all of them "
+                "(load_weights_from_disk), and apply every update on one engine or on all."
+            )
+        self._updates, self._base = [], self._shard.checksum()
+
+    def _catch_up(self, theirs: dict[str, Any], source: int) -> str | None:
+        """Applies what the source applied and this engine did not; says why it cannot."""
+        if theirs["base"] != self._base:
+            return "other weights since the engines last agreed"
+        updates = [_Update.of(told) for told in theirs["updates"]]
+        if updates[: len(self._updates)] != self._updates:
+            return f"updates that engine {source} has not applied"
+        for update in updates[len(self._updates) :]:
+            self._apply(update)
+        return None
+
+    def _take_off(self, one: tuple[int, float]) -> None:
+        """The last such entry goes."""
+        at = len(self._added) - 1 - self._added[::-1].index(one)
+        del self._added[at]
+
+    def _follow(self) -> None:
+        """The weights follow a list of none or one at once; a longer one before the model runs."""
+        if not self._added and self._live is not None:
+            self._shard.restore()
+            self._live = None
+        elif len(self._added) == 1 and self._live != self._added[0]:
+            self._put(self._added[0])
+
+    def _put(self, one: tuple[int, float]) -> None:
+        seed, scale = one
+        self._live = None
+        self._shard.perturb({"seed": seed, "sign": 1 if scale > 0 else -1}, abs(scale))
+        self._live = one
+
+    def _settle(self) -> None:
+        if len(self._added) > 1:
+            *kept, last = self._added
+            self._keep(kept)
+            self._put(last)
+        self._shard.derive()
+
+    def _keep_all(self) -> None:
+        self._keep(list(self._added))
+
+    def _keep(self, entries: list[tuple[int, float]]) -> None:
+        """Makes the first entries of the list an update."""
+        if entries:
+            seeds, scales = zip(*entries, strict=True)
+            self._apply(_Update(self._done, seeds, scales))
+            del self._added[: len(entries)]
+
+    def _apply(self, update: _Update) -> None:
+        kind = None if update.decay is None else update.decay[:2]
+        alpha = None if update.decay is None else update.decay[2]
+        members = [{"seed": seed} for seed in update.seeds]
+        self._live = None
+        key = generation_seed(0, update.number)
+        self._shard.update(members, update.coefficients, kind, alpha, "stochastic", key)
+        self._updates.append(update)
+        self._done = update.number + 1
+
+    def _forget_prefixes(self) -> None:
+        """What vLLM has cached of prompts was computed with other weights."""
+        if not self._uses_prefixes:
+            return
+        caches = list(_CACHES)
+        if not caches:
+            raise StateError(
+                "vLLM's prefix cache is on and lies in another process, where this worker cannot "
+                "empty it after an edit; answers would mix two sets of weights. Start the engine "
+                "with enable_prefix_caching=False, or use esfast's VLLMEngine."
+            )
+        for cache in caches:
+            cache.reset_prefix_cache()
+
+
+class _Group:
+    """The same worker of every engine, over a store of torch: each says something, all hear it."""
+
+    def __init__(self, address: str, port: int, rank: int, size: int, worker: int) -> None:
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        if not 0 <= rank < size:
+            raise ConfigError(f"engine {rank} of {size}; ranks are 0 to {size - 1}.")
+        try:
+            keeps = rank == 0 and worker == 0
+            store = TCPStore(
+                address, port, is_master=keeps, timeout=LONGEST_WAIT, wait_for_workers=False
+            )
+        except (RuntimeError, ValueError) as error:
+            raise StateError(
+                f"engine {rank} cannot reach engine 0 at {address}:{port}: "
+                f"{str(error).splitlines()[0]}. Call init_inter_engine_group on all engines with "
+                "the address of engine 0's machine and a free port."
+            ) from None
+        self._store = PrefixStore(f"esfast/{worker}", store)
+        self._rank, self._size, self._round = rank, size, 0
+
+    def exchange(self, what: str, said: Any) -> list[Any]:
+        """What every engine said, by rank."""
+        keys = [f"{self._round}/{what}/{rank}" for rank in range(self._size)]
+        try:
+            self._store.set(keys[self._rank], json.dumps(said))
+            self._store.wait(keys, LONGEST_WAIT)
+            return [json.loads(self._store.get(key)) for key in keys]
+        except RuntimeError as error:
+            raise StateError(
+                f"engine {self._rank} waited for the others in vain: {str(error).splitlines()[0]}. "
+                "broadcast_all_weights has to be called on all engines."
+            ) from None
+
+    def finish(self) -> None:
+        """The round is over; who keeps the store waits until all have read it."""
+        self._store.set(f"{self._round}/read/{self._rank}", "1")
+        if self._rank == 0:
+            self._store.wait([f"{self._round}/read/{n}" for n in range(self._size)], LONGEST_WAIT)
+        self._round += 1
+
+
+def watch_prefix_caches() -> None:
+    """From now on the prefix caches that are made in this process are known; once."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    made = KVCacheManager.__init__
+    if getattr(made, "watched", False):
+        return
+
+    def make(self: Any, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        _CACHES.add(self)
+
+    make.watched = True  # type: ignore[attr-defined]
+    KVCacheManager.__init__ = make
