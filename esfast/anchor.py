@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from esfast.checkpoint import weight_files
 from esfast.errors import DataError, ParameterError
 from esfast.parameters import DTYPES, ParameterTable
 
-INDEX = "model.safetensors.index.json"
 _FORMATS = {"F32": (0, 4), "BF16": (1, 2), "F16": (2, 2)}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors format itself
 
@@ -90,19 +90,6 @@ class _MappedFile:
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def safetensors_files(path: Path) -> list[Path]:
-    """The files of a Hugging Face folder as its index names them, or the file itself."""
-    if path.is_dir() and (path / INDEX).is_file():
-        try:
-            names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"'{path / INDEX}' has no readable weight_map ({error}).") from error
-        if any(not isinstance(n, str) or Path(n).name != n for n in names):
-            raise DataError(f"'{path / INDEX}' names files outside its folder; it is not trusted.")
-        return [path / name for name in sorted(names)]
-    return [path / "model.safetensors" if path.is_dir() else path]
-
-
 class Anchor:
     """Where decay pulls to. Make one with `in_memory` or `from_safetensors`.
 
@@ -155,7 +142,7 @@ class Anchor:
         They may have another dtype than the live weights. Errors (DataError): a missing, damaged or
         truncated file; a tensor of the table that is absent, or of another shape or dtype.
         """
-        files = [_MappedFile(file) for file in safetensors_files(Path(path))]
+        files = [_MappedFile(file) for file in weight_files(path)]
         places = {name: (file, *place) for file in files for name, place in file.tensors.items()}
         stored = []
         for segment in table.segments:

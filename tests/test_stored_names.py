@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import SIZES, gpt2, llama
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from esfast import Member, ParameterTable, Weights
 from esfast.errors import ParameterError, StateError
 from esfast.stored_names import Computed, require_live, stored_tensors
-from tests.tiny_models import SIZES, gpt2, llama
 
 
 def mixtral() -> PreTrainedModel:

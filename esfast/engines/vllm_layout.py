@@ -7,8 +7,8 @@ parameter is noted and not carried out, and becomes a Segment; so whatever vLLM 
 under any tensor-parallel size, and no weight is touched. What cannot be followed so is refused by
 name: computed or quantised weights, and parameters that nothing is copied to.
 
-Not promised: that the values still lie where they were loaded. A backend may have rearranged them
-since; `check_values` compares every segment with the checkpoint, to the bit.
+Not promised: that the values still lie where they were loaded. Backends rearrange them afterwards,
+so ask before that (`esfast.engines.vllm_derived` does) and edit the tensors that you were given.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esfast.checkpoint import stored_slices
 from esfast.errors import ParameterError
 from esfast.parameters import Segment
 
@@ -267,18 +265,3 @@ def _segment(note: _Copied, shape: tuple[int, ...], parameter: torch.Tensor) -> 
         rest %= step
     view = parameter.detach().as_strided(extent, strides, note.target[1])
     return Segment(note.name, shape, view, tuple(start))
-
-
-def check_values(found: Iterable[Segment], folder: str | Path) -> None:
-    """Compares every segment with its part of the checkpoint, cast to its dtype, to the bit.
-
-    Reads this rank's share of the files once. Call it before the first edit. Raises ParameterError
-    naming the first tensor whose values are elsewhere.
-    """
-    for segment, stored in stored_slices(folder, found):
-        if not torch.equal(segment.tensor.cpu(), stored.to(segment.tensor.dtype)):
-            raise ParameterError(
-                f"'{segment.name}' at {segment.origin} does not hold the checkpoint's values in "
-                f"vLLM: this backend rearranged or changed them after loading, so an edit would "
-                f"hit other weights than its noise is for. {_ELSEWHERE}"
-            )

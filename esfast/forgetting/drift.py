@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from esfast.anchor import safetensors_files
+from esfast.checkpoint import weight_files
 from esfast.errors import DataError
 from esfast.forgetting.change import Change, added, change_of
 from esfast.forgetting.energy import Energy
@@ -156,7 +156,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
         """A file, or a Hugging Face folder (sharded or not). DataError for a damaged one."""
         self.path = Path(path)
         self._files: dict[str, Any] = {}
-        for file in safetensors_files(self.path):
+        for file in weight_files(self.path):
             try:
                 opened: Any = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -176,7 +176,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
 
 def _shared_names(base: Tensors, tuned: Tensors) -> list[str]:
-    names = [name for name in base if name in tuned]
+    names = sorted(set(base) & set(tuned))  # one order of sums for a model and its files
     apart = sorted((set(base) ^ set(tuned)) - set(TIED))
     if not names or apart:
         example = f"'{apart[0]}'" if apart else "everything"
