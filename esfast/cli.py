@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 
 from esfast import __version__, info
+from esfast.continual_command import add_continual_arguments, run_continual
 from esfast.diagnosis import add_forgetting_arguments, run_forgetting
 from esfast.errors import EsfastError
 from esfast.grpo_command import add_grpo_arguments, run_grpo
@@ -98,6 +99,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_forgetting_arguments(diagnosed)
     diagnosed.set_defaults(run=run_forgetting)
+    continual = commands.add_parser(
+        "continual",
+        help="one task after another from the same weights, all of them evaluated throughout",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve",
+        allow_abbrev=False,
+    )
+    add_continual_arguments(continual)
+    continual.set_defaults(run=run_continual)
     _add_journal_commands(commands)
     if find_spec("esfast.bench") is not None:
         bench = import_module("esfast.bench")

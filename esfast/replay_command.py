@@ -22,7 +22,7 @@ from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal import Journal, export_journal, read_journal
 from esfast.journal_format import JournalHeader
-from esfast.models import load_model
+from esfast.models import load_model, model_folder
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
 from esfast.run_folder import require_free
@@ -52,6 +52,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="MODEL", help="the run's --model")
+    parser.add_argument("--anchor-model", default=None, metavar="MODEL", help="the run's, if any")
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
     parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")
@@ -69,7 +70,8 @@ def run_replay(args: argparse.Namespace) -> int:
     if journal.torn is not None:
         _say(console, journal.torn)
     loaded = load_model(args.base, dtype=usual_dtype(journal.header))
-    es = strategy_of(journal, loaded.model, loaded.folder, args.memory, args.threads)
+    anchor = loaded.folder if args.anchor_model is None else model_folder(args.anchor_model)
+    es = strategy_of(journal, loaded.model, anchor, args.memory, args.threads)
     compared = _with_bar(console, es, journal, until, args.verify)
     checksum = es.weights.checksum()
     folder = save_model(loaded, args.output, _made(args, journal, until, checksum))

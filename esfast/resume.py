@@ -22,7 +22,7 @@ MAY_CHANGE = frozenset(
         *("checkpoint_every",),
         *("generations", "eval_every", "eval_size", "snapshot_every", "plots", "log_to"),
         *("threads", "reward_workers", "model", "data", "eval_data"),
-        *("prior_tasks", "prior_every", "prior_path"),
+        *("prior_tasks", "prior_every", "prior_path", "anchor_model"),
     )
 )
 Adder = Callable[[argparse.ArgumentParser], None]

@@ -335,6 +335,10 @@ class Trainer:
         if generations:
             self._save_model(self.folder.model)
             self._close_journal()
+        elif self.es is not None and self.es.journal is not None:
+            self.es.journal.close()
+        elif self.folder.journal is not None:
+            self.folder.journal.close()
         for logger in self.loggers:
             logger.close()
         self.clock.lap(FINISH)

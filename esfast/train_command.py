@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
@@ -19,7 +20,7 @@ from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
-from esfast.models import load_model
+from esfast.models import load_model, model_folder
 from esfast.prior import PriorTasks
 from esfast.provenance import provenance
 from esfast.replay import catch_up
@@ -51,9 +52,20 @@ SEED_DERIVATION = (
 
 def run_train(args: argparse.Namespace) -> int:
     """The run; returns the exit code. What can be refused is refused before a model is loaded."""
-    clock = Clock(args.started_before)
     past = resumed(args, add_train_arguments) if args.resume is not None else None
-    args = past.args if past is not None else args
+    return run_job(args if past is None else past.args, past, prior_of)
+
+
+def run_job(
+    args: argparse.Namespace,
+    past: PastRun | None,
+    prior_tasks: Callable[[argparse.Namespace], PriorTasks],
+) -> int:
+    """One training with the flags of `args`; past: of a run that goes on. Returns the exit code.
+
+    prior_tasks: what makes the prior tasks of the run's flags.
+    """
+    clock = Clock(args.started_before)
     strategy = strategy_of(args)
     require_packages(args.log_to)
     task = task_of(args)
@@ -62,7 +74,7 @@ def run_train(args: argparse.Namespace) -> int:
         config = config_of(args, strategy, task)
         if workers.rank:
             return _follow(args, config, task, workers)
-        with closing(prior_of(args)) as prior:
+        with closing(prior_tasks(args)) as prior:
             return _train(args, config, task, prior, past, clock, workers)
     finally:
         workers.close()
@@ -91,7 +103,7 @@ def _train(
         config,
         RunFolder(output, description, None if past is None else past.changes),
         save_model=lambda path: save_model(loaded, path, made=description),
-        anchor=loaded.folder,
+        anchor=_anchor(args, loaded),
         loggers=make_loggers(args.log_to, output, description),
         clock=clock,
     )
@@ -118,7 +130,7 @@ def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: 
     loaded, engine = _model(args)
     rollout = Rollout(engine, task, config, Clock())
     rollout.workers = workers
-    es = strategy_over(engine, config, loaded.folder)
+    es = strategy_over(engine, config, _anchor(args, loaded))
     journal = parse(workers.share(None), "the journal of worker 0")
     snapshots = Path(args.resume) / SNAPSHOTS if args.resume is not None else None
     catch_up(es, journal, snapshots, note=lambda text: None)
@@ -135,6 +147,11 @@ def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
     loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     engine = TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
     return loaded, engine
+
+
+def _anchor(args: argparse.Namespace, loaded: LoadedModel) -> Path:
+    """The folder of the model that decay pulls to."""
+    return loaded.folder if args.anchor_model is None else model_folder(args.anchor_model)
 
 
 def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> dict[str, Any]:

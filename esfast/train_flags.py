@@ -80,6 +80,9 @@ def add_strategy_flags(group: argparse._ArgumentGroup) -> None:
         metavar="LAMBDA",
         help="auto: the paper's alpha * lambda (5e-3 l2, 5e-6 l1) at the alpha given",
     )
+    group.add_argument(
+        "--anchor-model", default=None, metavar="MODEL", help="what decay pulls to; --model's own"
+    )
     group.add_argument("--seed", type=natural, default=0)
 
 
@@ -122,6 +125,10 @@ def strategy_of(args: argparse.Namespace) -> StrategyConfig:
     kind, weight = args.weight_decay_type, args.weight_decay_lambda
     if kind == "none" and weight is not None:
         raise ConfigError("--weight-decay-lambda needs --weight-decay-type l1 or l2.")
+    if kind == "none" and args.anchor_model is not None:
+        raise ConfigError(
+            "--anchor-model needs --weight-decay-type l1 or l2: without decay nothing pulls to it."
+        )
     decay = None
     if kind != "none" and weight == AUTO:
         decay = AnchoredDecay.automatic(kind, args.alpha)

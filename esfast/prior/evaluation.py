@@ -86,19 +86,21 @@ class PriorTask(Protocol):
 class OwnTask:
     """A task of esfast's, of which the held-out prompts are answered."""
 
-    def __init__(self, source: str, task: Task, settings: PriorSettings) -> None:
+    def __init__(
+        self, source: str, task: Task, settings: PriorSettings, max_new_tokens: int | None = None
+    ) -> None:
+        """max_new_tokens: the task's own, if not given."""
         self.source = source
-        name = source.partition("@")[0]
-        self.name = Path(name).stem if name.endswith(FILE) else source
-        self.names: tuple[str, ...] = (self.name,)
+        self.names: tuple[str, ...] = (label(source),)
         self.task = task
         self.settings = settings
+        self.max_new_tokens = max_new_tokens or task.max_new_tokens
         self._examples = task.held_out(settings.size)
 
     def evaluate(self, engine: Engine, generation: int) -> list[PriorScore]:
         """Greedy answers, then K samples of every prompt."""
         began = time.perf_counter()
-        limit, settings = self.task.max_new_tokens, self.settings
+        limit, settings = self.max_new_tokens, self.settings
         greedy, failed = self._values(engine, Sampling(limit), 1)
         sampled = None
         if settings.samples:
@@ -109,7 +111,7 @@ class OwnTask:
         return [
             PriorScore(
                 generation=generation,
-                task=self.name,
+                task=self.names[0],
                 source=self.source,
                 metric="score",
                 prompts=len(self._examples),
@@ -135,6 +137,12 @@ class OwnTask:
     def close(self) -> None:
         """End what the task holds."""
         self.task.close()
+
+
+def label(source: str) -> str:
+    """A task's name in results: the stem of a JSONL file, else what it was asked for by."""
+    file = source.partition("@")[0]
+    return Path(file).stem if file.endswith(FILE) else source
 
 
 def make_prior_task(
@@ -168,8 +176,16 @@ def make_prior_task(
 class PriorTasks:
     """A set of prior tasks and what they scored so far."""
 
-    def __init__(self, tasks: Sequence[PriorTask], settings: PriorSettings) -> None:
-        """Raises ConfigError where two tasks have one name."""
+    def __init__(
+        self,
+        tasks: Sequence[PriorTask],
+        settings: PriorSettings,
+        known: Sequence[PriorScore] = (),
+    ) -> None:
+        """known: scores that need not be measured, since another run measured the same weights.
+
+        Raises ConfigError where two tasks have one name.
+        """
         names = [name for task in tasks for name in task.names]
         twice = sorted({name for name in names if names.count(name) > 1})
         self._names = names
@@ -177,7 +193,7 @@ class PriorTasks:
             raise ConfigError(f"prior task {twice[0]!r} is given twice; leave one out.")
         self.tasks = tuple(tasks)
         self.settings = settings
-        self.scores: list[PriorScore] = []
+        self.scores: list[PriorScore] = [score for score in known if score.task in names]
         self._path: Path | None = None
 
     def keep_in(self, path: Path, until: int) -> None:
@@ -187,15 +203,18 @@ class PriorTasks:
         DataError for a file that is damaged elsewhere.
         """
         self._path = path
-        if not path.exists():
-            return
-        data = path.read_bytes()
+        data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1].splitlines()
         try:
             scores = [PriorScore.from_record(json.loads(line)) for line in whole]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
-        self.scores = [score for score in scores if score.generation <= until]
+        kept = [score for score in scores if score.generation <= until]
+        there = {(score.generation, score.task) for score in kept}
+        new = [score for score in self.scores if (score.generation, score.task) not in there]
+        self.scores = kept + new
+        if not self.scores and not data:
+            return
         with whole_file(path) as file:
             for score in self.scores:
                 file.write(json.dumps(score.record(), ensure_ascii=False).encode() + b"\n")

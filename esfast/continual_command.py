@@ -1,0 +1,334 @@
+"""`esfast continual`: one task after another from the same weights, resumable at any moment.
+
+    esfast continual --tasks arithmetic,questions:plurals --generations 20,20 \\
+        --weight-decay-type l2 --weight-decay-lambda auto --anchor original --output runs/two
+    esfast continual --resume runs/two
+
+Every stage is a run as `esfast train` makes it, from the model that the stage before saved. All
+tasks of the sequence, and --prior-tasks, are evaluated throughout. One process: no torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from esfast import continual_plots
+from esfast.continual import Stage, chain_of, handed_on, plan, results
+from esfast.continual.stages import CONTINUAL, SEEDS_A_STAGE
+from esfast.errors import ConfigError, DataError
+from esfast.loggers import require_packages
+from esfast.models import load_model
+from esfast.parameters import ParameterTable
+from esfast.prior import PriorTasks
+from esfast.prior.evaluation import OwnTask, PriorTask, label
+from esfast.prior.scores import KINDS
+from esfast.provenance import provenance
+from esfast.resume import PastRun
+from esfast.run_folder import CONFIG, read_config, read_json, require_free
+from esfast.train_command import run_job
+from esfast.train_flags import add_train_arguments, prior_of, strategy_of, task_of
+from esfast.weights import Weights
+from esfast.whole_file import whole_file
+
+ANCHORS = ("original", "stage")
+ONE_TASK = ("task", "data", "eval_data", "reward")
+"""Flags of `esfast train` that name its one task."""
+
+
+def add_continual_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `esfast train`, but a list of tasks for one, each with its generations.
+
+    The parser needs conflict_handler="resolve".
+    """
+    add_train_arguments(parser)
+    group = parser.add_argument_group("sequence")
+    group.add_argument(
+        "--tasks",
+        default=None,
+        metavar="A,B,C",
+        help="tasks, FILE.jsonl with answers, or FILE.jsonl@module:function with a reward",
+    )
+    group.add_argument("--task-option", action="append", default=[], metavar="TASK:NAME=VALUE")
+    group.add_argument(
+        "--generations", default="10", metavar="N,N,N", help="of each stage, or one number for all"
+    )
+    group.add_argument("--anchor", choices=ANCHORS, default="original", help="what decay pulls to")
+    group.add_argument("--resume", default=None, metavar="DIR", help="go on with this folder")
+
+
+@dataclass(frozen=True)
+class TaskSequence:
+    """The flags of a sequence, where it lies, its stages, and how it was made."""
+
+    args: argparse.Namespace
+    folder: Path
+    stages: list[Stage]
+    made: Mapping[str, Any]
+
+
+def run_continual(args: argparse.Namespace) -> int:
+    """The stages that are left; returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "esfast continual is one process; run its stages with torchrun and esfast train "
+            "--model STAGE/model instead."
+        )
+    sequence = _begun(args) if args.resume is None else _taken_up(args)
+    for stage in sequence.stages:
+        if not stage.finished:
+            code = _run_stage(sequence, stage)
+            _write(sequence, "stopped" if code else "running")
+            if code:
+                return code
+            gc.collect()  # the stage's model, before the next is loaded
+    _write(sequence, "finished")
+    if sequence.args.plots:
+        continual_plots.draw_continual(sequence.folder)
+    found = read_json(sequence.folder / CONTINUAL)
+    for line in [*result_lines(found), f"folder: {sequence.folder}"]:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _begun(args: argparse.Namespace) -> TaskSequence:
+    """A new sequence, after everything was refused that can be."""
+    given = [name for name in ONE_TASK if getattr(args, name) is not None]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise ConfigError(f"--{flag} is of a single task; give a sequence with --tasks A,B,C.")
+    if args.anchor == "stage" and args.anchor_model is not None:
+        raise ConfigError("--anchor stage and --anchor-model are two anchors; leave one out.")
+    sources, counts = _sources(args.tasks), _counts(args)
+    default = Path("runs") / f"continual-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = default if args.output is None else Path(args.output)
+    stages = plan(folder, sources, counts)
+    sequence = TaskSequence(args, folder, stages, provenance(args.command_line))
+    strategy_of(args)
+    require_packages(args.log_to)
+    for stage in stages:
+        task_of(_stage_args(sequence, stage)).close()
+    _prior(sequence, stages[0]).close()
+    require_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(sequence, "running")
+    return sequence
+
+
+def _taken_up(args: argparse.Namespace) -> TaskSequence:
+    """A sequence that goes on with its own flags. Raises ConfigError where others are given."""
+    given = sorted(_given(args.command_line).keys() - {"resume"})
+    if given:
+        flag = given[0].replace("_", "-")
+        raise ConfigError(f"a sequence goes on with its own flags; leave out --{flag}.")
+    folder = Path(args.resume)
+    recorded = read_json(folder / CONTINUAL)
+    flags = recorded.get("arguments")
+    if not isinstance(flags, dict):
+        raise DataError(f"{folder / CONTINUAL} does not say with which flags it started.")
+    merged = argparse.Namespace(**{**vars(args), **flags, "resume": None})
+    stages = plan(folder, _sources(merged.tasks), _counts(merged))
+    sequence = TaskSequence(merged, folder, stages, recorded["made"])
+    _require_chain(sequence)
+    return sequence
+
+
+def _require_chain(sequence: TaskSequence) -> None:
+    """The stages that are there fit together, and so does the model that the next starts from."""
+    finished = [stage for stage in sequence.stages if stage.finished]
+    links = chain_of(finished)
+    if not links or len(finished) == len(sequence.stages):
+        return
+    last = finished[-1]
+    model = load_model(last.model, dtype=getattr(torch, sequence.args.dtype)).model
+    seen = Weights(ParameterTable.from_module(model)).checksum()
+    if seen != links[-1]["end_checksum"]:
+        raise DataError(
+            f"{last.model} has weights with checksum {seen}, and {last.folder} ended with "
+            f"{links[-1]['end_checksum']}: it was changed since. Restore it with esfast replay."
+        )
+
+
+def _run_stage(sequence: TaskSequence, stage: Stage) -> int:
+    args = _stage_args(sequence, stage)
+    past = None
+    if (stage.folder / CONFIG).exists():
+        past = PastRun(args, read_config(stage.folder), {})
+    elif stage.folder.exists():  # killed before it had written anything
+        shutil.rmtree(stage.folder)
+    return run_job(args, past, lambda _: _prior(sequence, stage))
+
+
+def _stage_args(sequence: TaskSequence, stage: Stage) -> argparse.Namespace:
+    """The flags with which `esfast train` would run the stage."""
+    args = sequence.args
+    earlier = sequence.stages[: stage.number - 1]
+    model = str(earlier[-1].model) if earlier else args.model
+    anchor = args.anchor_model
+    if args.weight_decay_type != "none" and args.anchor == "original" and earlier:
+        anchor = anchor or args.model
+    return argparse.Namespace(
+        **{
+            **vars(args),
+            **_named(stage.source, args),
+            "generations": stage.generations,
+            "seed": args.seed + SEEDS_A_STAGE * (stage.number - 1),
+            "model": model,
+            "anchor_model": anchor,
+            "output": str(stage.folder),
+        }
+    )
+
+
+def _named(source: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `esfast train` that name the task of a stage."""
+    options = [_option(text, args.tasks) for text in args.task_option]
+    own = [option for name, option in options if name == source]
+    file, at, reward = source.partition("@")
+    if not file.endswith(".jsonl"):
+        return {"task": source, "task_option": own}
+    if at:
+        return {"task": None, "data": file, "reward": reward, "task_option": own}
+    return {"task": "questions", "data": file, "task_option": own}
+
+
+def _option(text: str, tasks: str) -> tuple[str, str]:
+    """(task, NAME=VALUE) of a --task-option."""
+    name, equals, value = text.partition("=")
+    task, colon, option = name.rpartition(":")
+    if not (equals and colon and option) or task not in _sources(tasks):
+        raise ConfigError(f"--task-option {text!r} is not of the form TASK:NAME=VALUE, with a TASK "
+                          f"of --tasks {tasks}.")  # fmt: skip
+    return task, f"{option}={value}"
+
+
+def _prior(sequence: TaskSequence, stage: Stage) -> PriorTasks:
+    """All tasks of the sequence, and the --prior-tasks; what the stage before ended with is known
+    of its weights."""
+    args = sequence.args
+    extra = prior_of(args)
+    tasks: list[PriorTask] = []
+    try:
+        for source in dict.fromkeys(stage.source for stage in sequence.stages):
+            of_one = argparse.Namespace(**{**vars(args), **_named(source, args)})
+            tasks.append(OwnTask(source, task_of(of_one), extra.settings, args.max_new_tokens))
+        known = handed_on(sequence.stages[stage.number - 2]) if stage.number > 1 else []
+        return PriorTasks([*tasks, *extra.tasks], extra.settings, known)
+    except BaseException:
+        for task in [*tasks, *extra.tasks]:
+            task.close()
+        raise
+
+
+def _write(sequence: TaskSequence, status: str) -> None:
+    """continual.json, from the stages' folders."""
+    args, stages = sequence.args, sequence.stages
+    found = {
+        "format": "esfast-continual",
+        "version": 1,
+        "made": sequence.made,
+        "status": status,
+        "tasks": [label(stage.source) for stage in stages],
+        "generations": [stage.generations for stage in stages],
+        "decay": args.weight_decay_type,
+        "anchor": args.anchor if args.weight_decay_type != "none" else None,
+        "arguments": {name: getattr(args, name) for name in _flags()},
+        "stages": chain_of([stage for stage in stages if stage.finished]),
+        "results": results(stages),
+    }
+    with whole_file(sequence.folder / CONTINUAL) as file:
+        file.write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(conflict_handler="resolve", allow_abbrev=False)
+    add_continual_arguments(parser)
+    return parser
+
+
+def _flags() -> list[str]:
+    return [name for name in vars(_parser().parse_args([])) if name != "resume"]
+
+
+def _given(command_line: Sequence[str]) -> dict[str, Any]:
+    """The flags that a command line gives, without anybody's defaults."""
+    parser = _parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(command_line[command_line.index("continual") + 1 :]))
+
+
+def _sources(text: str | None) -> list[str]:
+    names = [name.strip() for name in (text or "").split(",")]
+    if not all(names):
+        seen = "is not given" if text is None else f"is {text!r}"
+        raise ConfigError(f"--tasks {seen}; write the sequence as --tasks A,B,C.")
+    return names
+
+
+def _counts(args: argparse.Namespace) -> list[int]:
+    """Generations a stage."""
+    tasks = len(_sources(args.tasks))
+    parts = [part.strip() for part in str(args.generations).split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--generations {args.generations!r} is not of the form 100,100,100.")
+    counts = [int(part) for part in parts]
+    counts = counts * tasks if len(counts) == 1 else counts
+    if len(counts) != tasks:
+        raise ConfigError(
+            f"--generations has {len(counts)} numbers and --tasks {tasks} names; give as many, or "
+            "one number for all."
+        )
+    return counts
+
+
+def result_lines(found: Mapping[str, Any]) -> list[str]:
+    """A table of scores a kind of answer, and below it what came of every trained task."""
+    lines: list[str] = []
+    for kind in KINDS:
+        part = found["results"][kind]
+        if part is not None:
+            lines += ["", f"{kind} scores after each stage", *_table(part["matrix"])]
+            lines += [_outcome(task) for task in part["tasks"] if task["own_stage"]]
+    return lines
+
+
+def _table(matrix: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(matrix[0]["scores"])
+    width = max(len(name) for name in names)
+    heads = [
+        f"{row['after_stage']} {row['trained']}" if row["after_stage"] else "before"
+        for row in matrix
+    ]
+    wide = [max(7, len(head)) for head in heads]
+    lines = [" " * width + "".join(f"  {h:>{w}}" for h, w in zip(heads, wide, strict=True))]
+    for name in names:
+        cells = [row["scores"][name] for row in matrix]
+        shown = [f"{cell['score']:.3f}" if cell else "-" for cell in cells]
+        row = "".join(f"  {text:>{w}}" for text, w in zip(shown, wide, strict=True))
+        lines.append(f"{name:{width}}{row}")
+    return lines
+
+
+def _outcome(task: Mapping[str, Any]) -> str:
+    parts = [f"{task['task']} (stage {task['own_stage']})"]
+    for name in ("learned", "forward_transfer", "backward_transfer"):
+        one = task[name]
+        if one is not None:
+            spread = one["value_95"]
+            shown = f" [{spread[0]:+.3f}, {spread[1]:+.3f}]" if spread else ""
+            parts.append(f"{name.replace('_', ' ')} {one['value']:+.3f}{shown}")
+    if task["kept_of_peak"] is not None:
+        parts.append(f"kept {task['kept_of_peak']:.2f} of its peak {task['peak']:.3f}")
+    return "  ".join(parts)
