@@ -41,7 +41,7 @@ def _target(args: argparse.Namespace, count: int, notes: list[str]) -> list[Prom
             return []
         chosen = recorded
     task = task_of(chosen)
-    return [PromptSet(task.name, "target", task, task.held_out(count))]
+    return [PromptSet(task.name, "target", task, task.held_out(count), args.score_tokens)]
 
 
 def _recorded(args: argparse.Namespace, notes: list[str]) -> argparse.Namespace | None:
@@ -79,5 +79,6 @@ def _prior(args: argparse.Namespace, count: int) -> list[PromptSet]:
                 f"--kl-prompts {source} is a task of lm-evaluation-harness, whose requests are no "
                 "prompts to answer; give a task of esfast's or a JSONL file of prompts."
             )
-        sets.append(PromptSet(task.name, "prior", task.task, task.task.held_out(count)))
+        examples = task.task.held_out(count)
+        sets.append(PromptSet(task.names[0], "prior", task.task, examples, args.score_tokens))
     return sets

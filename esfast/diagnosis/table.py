@@ -9,12 +9,15 @@ from rich.table import Table
 
 from esfast.diagnosis.records import Row, models, scored, sparsity, within_one_ulp
 
+PIPED = 200  # columns, where no terminal says how many it has
+
 
 def print_tables(console: Console, found: Row) -> None:
     """Drift, groups, KL, scores, and the notes."""
+    width = None if console.is_terminal else PIPED
     for table in (_drift(found), _groups(found), _kl(found), _scores(found)):
         if table.row_count:
-            console.print(table)
+            console.print(table, width=width)
     for note in found["notes"]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
@@ -22,7 +25,7 @@ def print_tables(console: Console, found: Row) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
 
 

@@ -12,7 +12,7 @@ model, so that differences between those are not of the draw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +37,16 @@ Count = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Held-out prompts of one task; kind: "target", what was trained on, or "prior"."""
+    """Held-out prompts of one task; kind: "target", what was trained on, or "prior".
+
+    max_new_tokens: of a scored answer; the task's own if not given.
+    """
 
     name: str
     kind: str
     task: Task
     examples: Sequence[Example]
+    max_new_tokens: int | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -51,7 +55,7 @@ class PromptSet:
 
     def first(self, count: int) -> PromptSet:
         """At most `count` of them."""
-        return PromptSet(self.name, self.kind, self.task, self.examples[:count])
+        return replace(self, examples=self.examples[:count])
 
 
 class Pair:
@@ -149,7 +153,8 @@ def _engine(base: Base, dtype: torch.dtype, device: str, batch_size: int) -> Tra
 
 
 def _answered(engine: TransformersEngine, prompts: PromptSet) -> HeldOut:
-    answers = engine.generate(prompts.prompts, Sampling(prompts.task.max_new_tokens))
+    limit = prompts.max_new_tokens or prompts.task.max_new_tokens
+    answers = engine.generate(prompts.prompts, Sampling(limit))
     texts = [answer.text for answer in answers]
     scores = prompts.task.score_all(prompts.examples, texts)
     return HeldOut(0, tuple(scores), tuple(texts))

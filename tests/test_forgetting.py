@@ -1,0 +1,259 @@
+"""`esfast forgetting`: from a journal and a base alone, what the run's own weights say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import byte_tokenizer, llama
+
+from esfast import AnchoredDecay, EvolutionStrategy, cli
+from esfast.diagnosis.records import EQUAL, models
+from esfast.forgetting.drift import CheckpointTensors, drift
+from esfast.forgetting.subjects import Base, Checkpoint, Run, names_of, open_subject
+from esfast.models import load_model
+from esfast.replay import keep_journal
+
+GENERATIONS = 4
+
+
+def command(*arguments: str) -> int:
+    """The exit code of `esfast forgetting ARGUMENTS`, in this process."""
+    try:
+        return cli.main(["forgetting", *map(str, arguments)])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def train(base: Path, folder: Path, dtype: str, **settings: object) -> None:
+    """A run of drawn rewards with a journal and a config.json; its weights saved on the way."""
+    loaded = load_model(base, dtype=getattr(torch, dtype))
+    chosen = {"sigma": 0.02, "alpha": 0.02, "population_size": 6, **settings}
+    es = EvolutionStrategy(loaded.model, threads=1, **chosen)
+    folder.mkdir()
+    with keep_journal(es, folder / "journal.esj", checksum_every=2):
+        for number in range(GENERATIONS):
+            es.step(np.random.default_rng(number).normal(size=6))
+            loaded.model.save_pretrained(folder / f"saved-{number + 1}")
+    config = {"arguments": {"task": "arithmetic", "task_option": []}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A base in fp32, a run in bf16 and one in fp32 with decay, and another base."""
+    folder = tmp_path_factory.mktemp("forgetting")
+    for name, seed in (("base", 0), ("other", 1)):
+        llama(seed).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    train(folder / "base", folder / "es", "bfloat16", seed=1)
+    train(folder / "base", folder / "awd", "float32", seed=2, decay=AnchoredDecay("l2", 5.0))
+    return folder
+
+
+def found(folder: Path) -> dict:
+    return json.loads((folder / "forgetting.json").read_text())
+
+
+def numbers(tensors) -> np.ndarray:
+    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+
+
+def test_the_journal_gives_what_the_saved_weights_say(here, tmp_path):
+    """Norm, mean, maximum, sparsity at every generation, from numpy over the saved checkpoints; the
+    base is rounded to the run's dtype first, as the run did."""
+    arguments = ["--base", here / "base", "--every", "1", "--no-kl", "--score", "0", "--no-plots"]
+    assert command(here / "es", *arguments, "--output", tmp_path / "out") == 0
+    subject = found(tmp_path / "out")["subjects"][0]
+    base = CheckpointTensors(here / "base")
+    start = numbers({name: base[name].bfloat16() for name in base})
+    assert [r["generation"] for r in subject["drift"]] == list(range(GENERATIONS + 1))
+    assert subject["drift"][0]["whole"]["unchanged"] == 1
+    for record in subject["drift"][1:]:
+        saved = CheckpointTensors(here / "es" / f"saved-{record['generation']}")
+        delta = numbers(saved) - start
+        whole = record["whole"]
+        assert whole["elements"] == delta.size
+        assert whole["norm"] == pytest.approx(np.linalg.norm(delta), rel=1e-12)
+        assert whole["relative_norm"] == pytest.approx(
+            np.linalg.norm(delta) / np.linalg.norm(start), rel=1e-12
+        )
+        assert whole["mean_abs"] == pytest.approx(np.abs(delta).mean(), rel=1e-12)
+        assert whole["max_abs"] == np.abs(delta).max()
+        assert whole["below"][2] == np.mean(np.abs(delta) < 1e-6)
+
+
+def test_a_checkpoint_of_the_same_weights_says_the_same(here, tmp_path, capsys):
+    subjects = [here / "awd", here / "awd" / f"saved-{GENERATIONS}"]
+    arguments = ["--base", here / "base", "--no-kl", "--score", "0", "--no-plots"]
+    assert command(*subjects, *arguments, "--output", tmp_path / "out") == 0
+    run, checkpoint = found(tmp_path / "out")["subjects"]
+    assert (run["kind"], checkpoint["kind"]) == ("run", "checkpoint")
+    assert run["settings"]["decay"] == {"kind": "l2", "weight": 5.0}
+    for part in ("whole", "groups", "layers", "energy"):
+        assert run["drift"][0][part] == checkpoint["drift"][0][part]
+    assert run["drift"][0]["whole"]["norm"] > 0
+    shown = capsys.readouterr().out
+    assert "awd" in shown and "saved-4" in shown and "mlp" in shown
+
+
+@pytest.fixture(scope="module")
+def whole(here, tmp_path_factory) -> Path:
+    """Everything that the command does, once."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    answers = ["--kl-prompts", "countdown", "--kl-count", "3", "--kl-tokens", "3"]
+    answers += ["--score", "4", "--score-tokens", "4"]
+    moments = ["--at", "1,last", "--kl-at", "1,last", "--equal-norm", "whole"]
+    places = ["--base", here / "base", "--output", output]
+    assert command(here / "es", here / "awd", *places, *moments, *answers) == 0
+    return output
+
+
+def test_what_forgetting_json_holds(whole):
+    data = found(whole)
+    assert data["format"] == "esfast-forgetting" and data["version"] == 1
+    assert data["samples"]["dtype"] == "float32" and data["samples"]["max_new_tokens"] == 3
+    for subject in data["subjects"]:
+        assert [r["generation"] for r in subject["drift"]] == [1, GENERATIONS]
+        keys = {(k["generation"], k["prompts"], k["kind"], k["direction"]) for k in subject["kl"]}
+        assert keys == {
+            (generation, *prompts, f"KL({pair})")
+            for generation in (1, GENERATIONS)
+            for prompts in (("arithmetic", "target"), ("countdown", "prior"))
+            for pair in ("base || tuned", "tuned || base")
+        }
+        for record in subject["kl"]:
+            estimate = record["exact"]["token_weighted"]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+            assert estimate["value"] > 0 and record["count"] == 3
+        assert {s["count"] for s in subject["scores"]} == {4}
+    assert [s["prompts"] for s in data["base_scores"]] == ["arithmetic", "countdown"]
+    cell = data["subjects"][0]["drift"][0]["cells"][0]
+    assert len(cell["below"]) == len(data["thresholds"])
+    assert len(cell["within_ulps"]) == len(data["ulps"])
+    energy = data["subjects"][0]["drift"][-1]["energy"]["whole"]
+    assert len(energy["held"]) == len(data["energy_shares"]) and energy["held"][-1] == 1
+
+
+def test_controls_have_one_length(whole):
+    data = found(whole)
+    controls = data["equal_norm"]["controls"]
+    length = data["subjects"][0]["drift"][-1]["whole"]["norm"]
+    assert data["equal_norm"]["norm"] == length
+    assert [c["kind"] for c in controls] == ["subject", "subject", "random"]
+    assert [c["norm"] for c in controls] == pytest.approx([length] * 3, rel=1e-6)
+    assert controls[0]["scale"] == pytest.approx(1.0, rel=1e-5)
+    own = data["subjects"][1]["drift"][-1]["whole"]["norm"]
+    assert controls[1]["scale"] == pytest.approx(length / own, rel=1e-5)
+    last = [k for k in data["subjects"][0]["kl"] if k["generation"] == GENERATIONS]
+    for mine, control in zip(last, controls[0]["kl"], strict=True):
+        value = control["exact"]["token_weighted"]["value"]
+        assert value == pytest.approx(mine["exact"]["token_weighted"]["value"], rel=0.02)
+    assert len({c["kl"][0]["exact"]["token_weighted"]["value"] for c in controls}) == 3
+    assert [name for norm, name, _ in models(data) if norm == EQUAL] == [
+        "es",
+        "awd",
+        "random direction 0",
+    ]
+
+
+def test_the_files_beside_it(whole):
+    data = found(whole)
+    with (whole / "drift_by_group.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = next(
+        r for r in rows if (r["subject"], r["generation"], r["group"]) == ("awd", "4", "mlp")
+    )
+    recorded = data["subjects"][1]["drift"][-1]["groups"]["mlp"]
+    assert float(last["norm"]) == recorded["norm"]
+    assert float(last["below_1e-06"]) == recorded["below"][2]
+    with (whole / "kl.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * sum(len(m["kl"]) for _, _, m in models(data))
+    assert {r["at"] for r in rows} == {"own norm", "equal norm"}
+    for name in ("drift_by_layer.csv", "energy.csv", "scores.csv"):
+        assert (whole / name).read_text().count("\n") > 4
+    pictures = {path.stem for path in whole.glob("*.png")}
+    assert pictures == {
+        "norm",
+        "heat_rms",
+        "heat_sparsity",
+        "sparsity",
+        "energy",
+        "kl",
+        "equal_norm",
+    }
+    for path in whole.glob("*.png"):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_compared_as_stored_in_bf16_a_small_change_is_none(here, tmp_path):
+    loaded = load_model(here / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(1e-7)
+    loaded.model.save_pretrained(tmp_path / "small")
+    shares = []
+    for flags in ((), ("--as-dtype", "bfloat16")):
+        output = tmp_path / f"out{len(flags)}"
+        rest = ["--no-kl", "--score", "0", "--no-plots", "--output", output, *flags]
+        assert command(tmp_path / "small", "--base", here / "base", *rest) == 0
+        shares.append(found(output)["subjects"][0]["drift"][0]["whole"]["unchanged"])
+    assert shares[0] < 0.6 < 0.99 < shares[1]
+
+
+REFUSED = {
+    "a run that is not there": (["no-run"], "'no-run' is not there"),
+    "a folder that is neither": (["empty"], "neither a journal nor safetensors"),
+    "another base": (["es", "--base", "other"], "another revision of it"),
+    "a base that is not there": (["es", "--base", "no-base"], "the model 'no-base'"),
+    "a generation too far": (["es", "--at", "2,9"], "generations 0 to 4"),
+    "a KL generation too far": (["es", "--kl-at", "9"], "generation 9"),
+    "a generation that is a word": (["es", "--at", "end"], "'end'"),
+    "one run twice": (["es", "es"], "given twice"),
+    "a folder in use": (["es", "--output", "."], "is there already"),
+    "an unknown prior task": (["es", "--kl-prompts", "no_such_task.yaml"], "no_such_task"),
+    "one task twice": (["es", "--kl-prompts", "arithmetic"], "asked for twice"),
+    "one prompt": (["es", "--kl-count", "1"], "2 or more"),
+    "controls without answers": (["es", "--equal-norm", "whole", "--no-kl", "--score", "0"],
+                                 "no prompts to answer"),
+    "no base": (["es", "--base"], "--base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(
+    case, here, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(here)
+    (here / "empty").mkdir(exist_ok=True)
+    arguments, expected = REFUSED[case]
+    rest = [] if "--base" in arguments else ["--base", "base"]
+    rest += [] if "--output" in arguments else ["--output", str(tmp_path / "out")]
+    assert command(*arguments[:1], *rest, *arguments[1:]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_tell_sources_apart():
+    assert names_of(["runs/a", "runs/b"]) == ["a", "b"]
+    assert names_of(["one/model", "two/model"]) == ["one/model", "two/model"]
+
+
+def test_moments_are_live_and_the_base_stays(here):
+    subject = open_subject(str(here / "awd"), "awd")
+    assert isinstance(subject, Run)
+    base = Base.of(str(here / "base"))
+    seen = [
+        (moment.generation, drift(moment.base, moment.tuned).whole.norm)
+        for moment in subject.moments(base, [0, 2, 4])
+    ]
+    assert [generation for generation, _ in seen] == [0, 2, 4]
+    assert 0 == seen[0][1] < seen[1][1] < seen[2][1]
+    assert isinstance(open_subject(str(here / "es" / "saved-1"), "s"), Checkpoint)
