@@ -34,16 +34,17 @@ from esfast.weights import Weights
 
 # Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
 PLANS_KEPT = 8
+ROWS = 64  # decoded together, where nobody says
 
 
 class TransformersEngine:
     """Batched greedy and sampled generation; see `esfast.engines.base.Engine` for the contract.
 
     `model`: a causal language model; `tokenizer`: its tokenizer. `batch_size`: the most rows
-    decoded together. `system_prompt`: put before conversations that have none. `chat`: whether
-    prompts go through the chat template; by default where the tokenizer has one. `share_prefix`:
-    whether the prompts' common first tokens are computed once. Raises ConfigError for a model or
-    setting that this engine cannot work with.
+    decoded together, 64 if None. `system_prompt`: put before conversations that have none. `chat`:
+    whether prompts go through the chat template; by default where the tokenizer has one.
+    `share_prefix`: whether the prompts' common first tokens are computed once. Raises ConfigError
+    for a model or setting that this engine cannot work with.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class TransformersEngine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         system_prompt: str | None = None,
         chat: bool | None = None,
         share_prefix: bool = True,
     ) -> None:
         has_template = getattr(tokenizer, "chat_template", None) is not None
+        batch_size = ROWS if batch_size is None else batch_size
         _check(model, tokenizer, batch_size, chat and not has_template)
         self.model = model
         self.tokenizer = tokenizer

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from esfast.checkpoint import ORIGIN, new_folder, require_replaceable
 from esfast.engines import prompts as prompting
 from esfast.engines.base import Completion, Prompt, Sampling
@@ -59,7 +61,8 @@ class VLLMEngine:
     "bfloat16"; batch_size: the most prompts computed together, vLLM's own choice if None;
     system_prompt, chat: as of `TransformersEngine`; tensor_parallel_size: devices;
     gpu_memory_utilization: the share of a device that vLLM may take (None: vLLM's own; on a CPU an
-    eighth of what is free, for its cache); options: further arguments of `vllm.LLM`.
+    eighth of what is free, for its cache); threads: a worker on a CPU, all cores between them if
+    None; options: further arguments of `vllm.LLM`.
 
     Raises ConfigError for a quantised model or another setting that cannot work, ParameterError for
     weights that cannot be edited or whose edits do not reach the answers, EsfastError where vLLM
@@ -76,12 +79,13 @@ class VLLMEngine:
         chat: bool | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float | None = None,
+        threads: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = model_folder(model)
         self._closed = True
         _require_plain(self.folder, options or {})
-        _prepare(tensor_parallel_size)
+        _prepare(tensor_parallel_size, threads)
         self.tokenizer = read_tokenizer(self.folder)
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         if chat and not has_template:
@@ -294,6 +298,7 @@ def _memory(share: float | None, workers: int, options: Mapping[str, Any]) -> di
 def _start(folder: Path, given: Mapping[str, Any]) -> Any:
     from vllm import LLM
 
+    set_threads = torch.set_num_threads  # a CPU worker in this process puts a mute in its place
     try:
         return LLM(
             model=str(folder),
@@ -316,22 +321,33 @@ def _start(folder: Path, given: Mapping[str, Any]) -> Any:
             f"{(reason or [''])[0][:400]} What it said before may say more "
             "(VLLM_LOGGING_LEVEL=INFO says all)."
         ) from error
+    finally:
+        torch.set_num_threads = set_threads
 
 
-def _prepare(workers: int) -> None:
-    """vLLM's settings of the environment, where the user has none."""
+def _prepare(workers: int, threads: int | None) -> None:
+    """vLLM's settings of the environment, where the user has none. EsfastError without vLLM."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.platforms import current_platform
-
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise EsfastError(
+            f"the vLLM engine needs vLLM ({error}): pip install -c constraints-vllm.txt "
+            "'.[train,vllm]' in an environment of its own, or use --engine transformers."
+        ) from None
     if not current_platform.is_cpu():
         return
-    if workers == 1:  # no message, and what it takes is measured
-        os.environ.setdefault(IN_PROCESS, "0")
+    # One worker runs in this process: no messages, and the memory that it takes is measured.
+    os.environ.setdefault(IN_PROCESS, "0" if workers == 1 else "1")
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // workers)
+    share = threads or max(1, len(cores) // workers)
     lists = [cores[at * share : (at + 1) * share] or cores[-1:] for at in range(workers)]
     bound = "|".join(",".join(map(str, one)) for one in lists)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    if os.environ[IN_PROCESS] == "0":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _copy_settings(base: Path, target: Path, dtype: str) -> None:
