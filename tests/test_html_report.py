@@ -265,7 +265,7 @@ def test_numbers_are_those_of_the_files(made: tuple[Page, Path]) -> None:
     assert journal.chains[-1].hex() in page.text and journal.header.base_checksum in page.text
     record = json.loads((output.parent / "plain/forgetting/forgetting.json").read_text())
     whole = record["subjects"][0]["drift"][0]["whole"]
-    for shown in ("0.300 [0.250, 0.350]", "0.600 [0.550, 0.650]", "+0.300 (5.2)", "3.0 GB",
+    for shown in ("0.300 [0.250, 0.350]", "0.600 [0.550, 0.650]", "+0.300 5.2 s.e.", "3.0 GB",
                   "esfast train --seed 0", "abc123", "0.125 [0.100, 0.150]", "3 min 20 s",
                   "A note of the diagnosis.", number(whole["norm"], 4),
                   percent(whole["below"][2])):  # fmt: skip
@@ -274,7 +274,7 @@ def test_numbers_are_those_of_the_files(made: tuple[Page, Path]) -> None:
 
 def test_a_prior_task_says_its_dip_and_what_came_back(made: tuple[Page, Path]) -> None:
     page, _ = made
-    assert "0.400 [0.355, 0.445] (1)" in page.text
+    assert "0.400 [0.355, 0.445] at 1" in page.text
     for shown in ("-0.500 [-0.500, -0.500]", "-0.200 [-0.200, -0.200]", "+0.300 [+0.300, +0.300]"):
         assert shown in page.text, shown
 
@@ -365,8 +365,11 @@ def test_numbers_as_text() -> None:
     assert [number(x) for x in (0.12345, 123.45, 0.0, 1.5e-7, None)] == [
         "0.123", "123", "0", "1.50e-07", "–",
     ]  # fmt: skip
-    assert score(0.5, (0.25, 0.75), sign=True) == "+0.500 [+0.250, +0.750]"
-    assert [percent(x) for x in (0.5, 1.0, 0.99996)] == ["50.0 %", "100.0 %", "99.9960 %"]
+    shown = score(0.5, (0.25, 0.75), sign=True)
+    assert Page(f"<p>{shown}</p>").text == "+0.500 [+0.250, +0.750]" and score(0.5) == "0.500"
+    assert [percent(x) for x in (0.5, 1.0, 0.99996, 0.00065)] == [
+        "50.0 %", "100.0 %", "99.9960 %", "0.065 %",
+    ]  # fmt: skip
     assert large(1.234e15) == "1.23 × 10<sup>15</sup>" and large(999) == "999"
     assert [seconds(x) for x in (12.34, 200, 7260)] == ["12.3 s", "3 min 20 s", "2 h 01 min"]
     assert flat({"a": {"b": None, "c": True}, "d": [1, 2]}) == {

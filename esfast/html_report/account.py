@@ -126,6 +126,7 @@ def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
     assert run.summary is not None
     summary, training = run.summary, (run.summary.get("cost") or {}).get("training", {})
     spent = summary.get("seconds", {})
+    apart = [spent[part] for part in APART if part in spent]
     peak, ratio = summary.get("peak_bytes"), summary.get("peak_over_inference")
     names = ("prompt", "generated", "reread", "backward", "forward_flops", "backward_flops",
              "flops")  # fmt: skip
@@ -133,7 +134,7 @@ def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
         report.named(run),
         *(large(training.get(name)) for name in names),
         seconds(_training_seconds(spent)),
-        seconds(sum(spent.get(part, 0.0) for part in APART)),
+        seconds(sum(apart) if apart else None),
         percent(summary.get("outside_share_of_loop")),
         DASH if peak is None else readable(peak),
         DASH if ratio is None else f"{ratio:.2f} ×",

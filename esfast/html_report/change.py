@@ -102,7 +102,8 @@ def _law_picture(report: ReportData, pictures: Pictures) -> Html:
         "norm_law", draw, 3.6,
         "Points: norm of the change of the weights, measured. Dashed: what noise alone gives with "
         "the run's own coefficients, V ← k² (V + Σ c²), norm = √(d V), k = 1 − αλ under l2 decay. "
-        "Where they agree, nearly all of the distance is noise, and little of it direction.",
+        "Where they agree, nearly all of the distance is noise, and little of it direction. "
+        "Stochastic rounding of 16-bit weights adds to the measured norm, not to the law.",
     )  # fmt: skip
 
 
@@ -246,14 +247,15 @@ def _heat(
 
         found = np.concatenate([values[np.isfinite(values)] for _, _, values in grids])
         seen = found[found > 0]
-        wide = seen.size and seen.max() > 30 * seen.min() and (found > 0).all()
-        scale = LogNorm if wide else Normalize
-        low = seen.min() if wide else 0
-        norm = scale(low, found.max() if found.size and found.max() > 0 else 1)
+        top = seen.max() if seen.size else 1.0
+        wide = seen.size and top > 30 * seen.min()
+        low = max(seen.min(), 1e-4 * top) if wide else 0.0
+        norm = (LogNorm if wide else Normalize)(low, top)
         panels = grid_of(figure, len(chosen), PANELS)
         for axes, (title, _), (rows, columns, values) in zip(panels, chosen, grids, strict=True):
-            image = axes.pcolormesh(np.ma.masked_invalid(values), cmap=HEAT, norm=norm,
-                                    edgecolors=theme.page, linewidth=0.3)  # fmt: skip
+            shade = np.ma.masked_invalid(np.maximum(values, low))
+            image = axes.pcolormesh(shade, cmap=HEAT, norm=norm, edgecolors=theme.page,
+                                    linewidth=0.3)  # fmt: skip
             axes.grid(False)
             axes.invert_yaxis()
             axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
@@ -262,7 +264,7 @@ def _heat(
             axes.set(title=plain(title), ylabel="layer" if axes is panels[0] else "")
         figure.colorbar(image, ax=panels, label=label, shrink=0.8, pad=0.01)
 
-    height = (1.3 + 0.13 * layers) * -(-len(chosen) // PANELS) + 0.3
+    height = (1.3 + 0.1 * layers) * -(-len(chosen) // PANELS) + 0.3
     return pictures.add(name, draw, min(max(height, 2.6), 11.0), caption)
 
 
@@ -294,6 +296,10 @@ def sparsity(report: ReportData, pictures: Pictures) -> Section:
         section.parts.append(_sparsity_picture(report, pictures))
         said = f"Share of the weights with |change| < {SPARSE:g}, by module group."
         section.parts.append(_group_table(measured, _below, percent, said))
+        section.parts.append(
+            _heat(report, pictures, "sparsity_layers", _below, f"share below {SPARSE:g}",
+                  f"Share of the weights with |change| < {SPARSE:g}, a layer and module group.")
+        )  # fmt: skip
         section.parts.append(_energy_picture(report, pictures))
         section.parts.append(_energy_table(measured))
     section.missing += no_diagnostics(report, "sparsity and the energy curve")

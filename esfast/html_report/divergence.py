@@ -15,14 +15,15 @@ from esfast.html_report.drawing import (
     plain,
     whole_generations,
 )
-from esfast.html_report.page import DASH, Html, Missing, Section, number, score, table
+from esfast.html_report.page import DASH, Html, Missing, Section, number, over, score, table
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Points, ReportData, merged, swatch
 from esfast.html_report.run_data import Subject
 
 Kl = Mapping[str, Any]
 Panel = tuple[str, str]  # set of prompts, direction
-SMALLEST_LOG = 1e-4  # nats; the axis is linear below
+SMALLEST_LOG = 1e-4  # nats; a logarithmic axis is linear below
+WIDE = 30  # largest over smallest from which on an axis is logarithmic
 
 
 def kl(report: ReportData, pictures: Pictures) -> Section:
@@ -61,6 +62,10 @@ def _last(subject: Subject) -> dict[Panel, Kl]:
 def _last_picture(report: ReportData, pictures: Pictures, panels: Sequence[Panel]) -> Html:
     groups = [entry for entry in report.subject_groups if any(s.record["kl"] for s in entry[2])]
 
+    entries = [entry for _, _, members in groups for s in members for entry in _last(s).values()]
+    values = [max(e["exact"]["token_weighted"]["value"], SMALLEST_LOG) for e in entries]
+    wide = max(values) > WIDE * min(values)
+
     def draw(figure: Any, theme: Theme) -> None:
         all_axes = grid_of(figure, len(panels), 2)
         for axes, panel in zip(all_axes, panels, strict=True):
@@ -68,7 +73,8 @@ def _last_picture(report: ReportData, pictures: Pictures, panels: Sequence[Panel
                 _dots(axes, row, theme.colour(index), members, panel)
             axes.set_yticks(range(len(groups)), [plain(label) for _, label, _ in groups])
             axes.set(title=f"{plain(panel[1])}\n{plain(panel[0])}", ylim=(len(groups) - 0.5, -0.5))
-            axes.set_xscale("symlog", linthresh=SMALLEST_LOG)
+            if wide:
+                axes.set_xscale("symlog", linthresh=SMALLEST_LOG)
             axes.set_xlim(left=0)
             axes.grid(visible=False, axis="y")
         for axes in all_axes[-2:]:
@@ -144,9 +150,9 @@ def _kl_rows(index: int, subject: Subject) -> Iterator[Sequence[object]]:
         )  # fmt: skip
 
 
-def _nats(estimate: Mapping[str, float]) -> str:
+def _nats(estimate: Mapping[str, float]) -> Html:
     low, high = number(estimate["low"]), number(estimate["high"])
-    return f"{number(estimate['value'])} [{low}, {high}]"
+    return over(number(estimate["value"]), f"[{low}, {high}]")
 
 
 # --- changes of one norm -------------------------------------------------------------------------
@@ -194,7 +200,7 @@ def _equal_table(subject: Subject, found: Mapping[str, Any]) -> Html:
                  f"{number(found['norm'], 4)} ({one}).")  # fmt: skip
 
 
-def _scores(scores: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> list[str]:
+def _scores(scores: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> list[Html | str]:
     return [
         score(scores[name]["score"], scores[name]["score_95"]) if name in scores else DASH
         for name in sets

@@ -95,9 +95,9 @@ def table(
         head, rows = [head[n] for n in kept], [tuple(row[n] for n in kept) for row in rows]
     top = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     body = "\n".join(_row(row) for row in rows)
-    said = f"<caption>{text(caption)}</caption>" if caption else ""
+    said = f'<p class="caption">{text(caption)}</p>\n' if caption else ""
     return Html(
-        f'<div class="wide"><table class="{kind}">{said}\n<thead><tr>{top}</tr></thead>\n'
+        f'{said}<div class="wide"><table class="{kind}">\n<thead><tr>{top}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -165,22 +165,27 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def score(value: float | None, interval: Sequence[float] | None = None, sign: bool = False) -> str:
-    """ "0.834 [0.790, 0.878]"; with `sign`, +0.834."""
+def score(value: float | None, interval: Sequence[float] | None = None, sign: bool = False) -> Html:
+    """ "0.834" over "[0.790, 0.878]"; with `sign`, +0.834."""
     if value is None:
-        return DASH
+        return Html(DASH)
     form = "+.3f" if sign else ".3f"
     if interval is None:
-        return f"{value:{form}}"
-    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+        return text(f"{value:{form}}")
+    return over(f"{value:{form}}", f"[{interval[0]:{form}}, {interval[1]:{form}}]")
+
+
+def over(first: object, second: object) -> Html:
+    """A value, and in small letters below it what goes with it."""
+    return Html(f'{text(first)} <span class="below">{text(second)}</span>')
 
 
 def percent(share: float | None) -> str:
     """ "12.3 %"; small and nearly whole shares keep the digits that tell them from 0 and 100."""
     if share is None:
         return DASH
-    distance = min(share, 1 - share)
-    digits = 1 if distance >= 1e-3 or distance == 0 else 4
+    distance = 100 * min(share, 1 - share)
+    digits = 1 if distance >= 1 or distance == 0 else 1 - math.floor(math.log10(distance))
     return f"{100 * share:.{digits}f} %"
 
 

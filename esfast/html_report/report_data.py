@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from esfast.html_report.drawing import LIGHT, Series
-from esfast.html_report.page import Html, joined
+from esfast.html_report.page import Html, text
 from esfast.html_report.run_data import RunData, Subject
 
 # Student's 0.975 quantile for 1 .. 10 degrees of freedom; 1.96 is 2 % short at 30.
+LONG_NAME = 28  # letters that a table's first column holds on one line
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -126,7 +127,9 @@ def student(values: Sequence[float]) -> tuple[float, float, float]:
 def swatch(number: int, name: str) -> Html:
     """A name with the dot of its colour in the figures."""
     dot = Html(f'<span class="swatch" style="background:{LIGHT.colour(number)}"></span>')
-    return joined([Html('<span class="run">'), dot, Html("<span>"), name, Html("</span></span>")])
+    kind = "long" if len(name) > LONG_NAME else "name"
+    shown = Html(f'<span class="{kind}">{text(name)}</span>')
+    return Html(f'<span class="run">{dot}{shown}</span>')
 
 
 def strategy_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

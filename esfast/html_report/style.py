@@ -48,7 +48,7 @@ body {
   color: var(--ink); line-height: 1.5;
   font-family: Charter, "Bitstream Charter", "Source Serif 4", Cambria, Georgia, serif;
 }
-h1, h2, h3, nav, th, td, caption, figcaption, .absent, footer, .subtitle, .runs {
+h1, h2, h3, nav, th, td, .caption, figcaption, .absent, footer, .subtitle, .runs {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em;
@@ -65,7 +65,9 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; marg
 table { border-collapse: collapse; font-size: .82rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; border-top: 1.5px solid var(--ink);
   border-bottom: 1.5px solid var(--ink); }
-caption { text-align: left; color: var(--soft); padding: 0 0 .45rem; caption-side: top; }
+.caption { color: var(--soft); font-size: .82rem; margin: 1.2rem 0 .45rem; max-width: none; }
+.caption + .wide { margin-top: 0; }
+.below { display: block; color: var(--soft); font-size: .92em; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); vertical-align: bottom; }
 tbody th { font-weight: 500; }
@@ -84,7 +86,8 @@ figure img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .84rem; margin-top: .4rem; max-width: 52rem; }
 .absent { color: var(--soft); font-size: .84rem; border-left: 3px solid var(--line);
   padding: .1rem 0 .1rem .7rem; max-width: none; }
-.run { display: inline-flex; align-items: baseline; gap: .45em; }
+.run { display: inline-flex; align-items: baseline; gap: .45em; white-space: nowrap; }
+.run .long { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .swatch { flex: none; width: .72em; height: .72em; border-radius: 50%;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .soft { color: var(--soft); }
@@ -96,6 +99,11 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   nav { display: none; }
   h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
+  thead { display: table-header-group; }
+  table { font-size: 7.5pt; }
+  th, td { padding-right: .5rem; }
+  table.numbers td, table.numbers thead th:not(:first-child) { padding-left: .4rem; }
+  .caption, h3 { break-after: avoid; }
   .wide { overflow: visible; }
   a { color: inherit; }
 }

@@ -24,6 +24,7 @@ from esfast.html_report.page import (
     code,
     joined,
     number,
+    over,
     paragraph,
     score,
     seconds,
@@ -44,14 +45,15 @@ def glance(report: ReportData) -> Section:
     section = Section("glance", "At a glance")
     head = (
         "run", "method", "generations", "target before", "target final",
-        "rise (standard errors)", "largest fall of a prior task", "norm of the change",
+        "rise", "largest fall of a prior task", "norm of the change",
         "wall time",
     )  # fmt: skip
     section.parts.append(
         table(
             head,
             [_glance_row(report, run) for run in report.runs],
-            "Scores with 95 % intervals over the held-out prompts; falls of prior tasks paired "
+            "Scores with 95 % intervals over the held-out prompts; rises also in standard errors "
+            "(s.e.) of the paired difference; falls of prior tasks paired "
             "over their prompts, final against before.",
         )
     )
@@ -72,7 +74,7 @@ def _glance_row(report: ReportData, run: RunData) -> Sequence[object]:
         summary.get("generations", len(run.rows)),
         _held_out(first),
         _held_out(last),
-        DASH if rise is None else f"{rise:+.3f} ({_finite(errors)})",
+        DASH if rise is None else over(f"{rise:+.3f}", f"{_finite(errors)} s.e."),
         _largest_fall(run),
         number(_norm(run)),
         seconds(sum(spent.values()) if spent else None),
@@ -83,7 +85,7 @@ def _finite(value: float | None) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
-def _held_out(record: Mapping[str, Any] | None) -> str:
+def _held_out(record: Mapping[str, Any] | None) -> str | Html:
     return DASH if record is None else score(record["score"], record["score_95"])
 
 
@@ -109,7 +111,8 @@ def _largest_fall(run: RunData) -> Html | str:
     if not falls:
         return DASH
     change, interval, task = falls[0]
-    return joined([score(change, interval, sign=True), Html("<br>"), _soft(task)])
+    return joined([score(change, interval, sign=True), Html('<span class="below">'), task,
+                   Html("</span>")])  # fmt: skip
 
 
 def _soft(value: str) -> Html:
@@ -143,13 +146,13 @@ def _seeds_table(report: ReportData) -> Html:
                  "the interval is 4.3 standard errors wide to each side.")  # fmt: skip
 
 
-def _over_seeds(values: Sequence[float], sign: bool = False, digits: int = 0) -> str:
+def _over_seeds(values: Sequence[float], sign: bool = False, digits: int = 0) -> str | Html:
     if not values:
         return DASH
     mean, low, high = student(values)
     if digits:
         shown = number(mean, digits)
-        return shown if len(values) < 2 else f"{shown} [{number(low)}, {number(high)}]"
+        return shown if len(values) < 2 else over(shown, f"[{number(low)}, {number(high)}]")
     return score(mean, (low, high) if len(values) > 1 else None, sign)
 
 
@@ -259,7 +262,7 @@ def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> 
             for kind in KINDS:
                 for series in report.series(partial(_prior_points, task=task, kind=kind)):
                     dashed = kind == "sampled"
-                    label = f"{series.label}, sampled" if dashed else series.label
+                    label = "" if dashed else series.label  # one legend line for both
                     curve(axes, replace(series, label=label, dashed=dashed), theme)
             axes.set(title=plain(task.rsplit("/", 1)[-1]), xlabel="generation", ylabel="score")
             whole_generations(axes)
@@ -294,7 +297,7 @@ def _prior_table(report: ReportData, task: str) -> Html:
             rows += _prior_rows(report, run, scores)
     metric = next(s for run in report.runs for s in run.prior_of(task))
     better = "" if metric.higher_is_better else "; lower is better"
-    head = ("run", "answers", "before", "worst (generation)", "final", "dip", "change",
+    head = ("run", "answers", "before", "worst, at generation", "final", "dip", "change",
             "recovery")  # fmt: skip
     caption = joined([code(task), f": {metric.metric}, {metric.prompts} prompts{better}"])
     return table(head, rows, caption)
@@ -309,19 +312,24 @@ def _prior_rows(
         part = parts[kind]
         if part is None:
             continue
-        worst = score(part["worst"], part["worst_95"])
         rows.append(
             (
                 report.named(run),
                 kind,
                 score(part["before"], part["before_95"]),
-                f"{worst} ({part['worst_generation']})",
+                _worst(part),
                 score(part["final"], part["final_95"]),
                 *(score(part[n], part[f"{n}_95"], sign=True)
                   for n in ("dip", "change", "recovery")),
             )
         )  # fmt: skip
     return rows
+
+
+def _worst(part: Mapping[str, Any]) -> Html:
+    low, high = part["worst_95"]
+    at = f"[{low:.3f}, {high:.3f}] at {part['worst_generation']}"
+    return over(f"{part['worst']:.3f}", at)
 
 
 # --- answers -------------------------------------------------------------------------------------
