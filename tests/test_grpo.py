@@ -1,0 +1,369 @@
+"""GRPO through TRL: the prompts and rewards are the task's, the account adds up, a run goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from esfast import ConfigError, StrategyConfig, cli
+from esfast.checkpoint import LoadedModel, save_model
+from esfast.cost import Account, Tokens
+from esfast.engines.base import Sampling
+from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun, Interrupts
+from esfast.progress import RunProgress
+from esfast.run_folder import RunFolder, read_json, read_lines
+from esfast.tasks import Example, Score, Task
+from esfast.train import TrainConfig, Trainer
+
+pytest.importorskip("trl")
+pytest.importorskip("transformers")
+
+import tiny_models
+from transformers import AutoModelForCausalLM
+
+from esfast.engines.transformers import TransformersEngine
+from esfast.grpo_trl import newest_checkpoint
+
+LETTERS = "aeiou"
+
+
+class Vowels(Task):
+    """The share of vowels; `broken` raises for the problems that it holds."""
+
+    name = "vowels"
+    max_new_tokens = 6
+    failure_reward = -1.0
+
+    def __init__(self, broken: tuple[str, ...] = ()) -> None:
+        self.broken = broken
+
+    def train_batch(self, seed: int, generation: int, count: int) -> list[Example]:
+        return [Example(f"{n}", f"Say {seed}, {generation} and {n}.") for n in range(count)]
+
+    def held_out(self, count: int) -> list[Example]:
+        return [Example(f"held {n}", f"Tell me {n}.") for n in range(min(count, 4))]
+
+    def score(self, example: Example, completion: str) -> Score:
+        if example.id in self.broken:
+            raise ValueError("no score today")
+        return Score(sum(completion.count(letter) for letter in LETTERS) / 3 + len(completion) / 40)
+
+
+def make_run(folder: Path, task: Task | None = None, done: int | None = None, **changes: Any):
+    """A run of the tiny model; `done`: goes on after that generation."""
+    settings: dict[str, Any] = {"generations": 2, "prompts": 3, "group_size": 4, "eval_every": 2,
+                                "learning_rate": 1e-3, "seed": 5, "micro_batch": 6}  # fmt: skip
+    task = task or Vowels()
+    config = GrpoConfig(Sampling(task.max_new_tokens, temperature=1.0), **{**settings, **changes})
+    model = tiny_models.llama()
+    model.save_pretrained(folder.parent / "base")  # TRL reads the reference of the KL term there
+    model.config._name_or_path = str(folder.parent / "base")
+    loaded = LoadedModel(model, tiny_models.byte_tokenizer(), folder)
+    made = {"made": {"esfast": "0", "commit": None, "noise_version": 1, "target": "t",
+                     "started": "now", "command": "test"}}  # fmt: skip
+    run = GrpoRun(
+        TransformersEngine(loaded.model, loaded.tokenizer),
+        task,
+        config,
+        RunFolder(folder, made, None if done is None else {}, done or 0),
+        save_model=lambda path: save_model(loaded, path),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    run.progress = RunProgress(config.generations, 1, console)
+    return run
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict[str, list[Any]]:
+    """What TRL trained on: rows of (prompt ids, completion ids), texts and rewards."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    seen: dict[str, list[Any]] = {"rows": [], "texts": [], "rewards": []}
+    loss, rewards = GRPOTrainer._compute_loss, GRPOTrainer._calculate_rewards
+
+    def compute_loss(self, model, inputs):
+        for kind in ("prompt", "completion"):
+            ids, mask = inputs[f"{kind}_ids"], inputs[f"{kind}_mask"].bool()
+            rows = [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+            seen["rows"].append((kind, rows))
+        return loss(self, model, inputs)
+
+    def calculate_rewards(self, inputs, prompts, completions, ids):
+        values = rewards(self, inputs, prompts, completions, ids)
+        seen["texts"].append(completions)
+        seen["rewards"].append(values[:, 0].tolist())
+        return values
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", calculate_rewards)
+    return seen
+
+
+def test_a_run_trains_on_the_tasks_prompts_and_rewards_and_accounts_for_them(tmp_path, seen):
+    run = make_run(tmp_path / "run")
+    result = run.run()
+    config, task, folder = run.config, run.task, tmp_path / "run"
+    batches = [task.train_batch(config.seed, g, config.prompts) for g in range(config.generations)]
+
+    strategy = StrategyConfig(sigma=0.1, alpha=0.1, population_size=2, seed=config.seed)
+    es = TrainConfig(strategy, config.sampling, generations=2, prompts=config.prompts)
+    other = Trainer(run.engine, task, es, RunFolder(tmp_path / "es", {}), save_model=print)
+    assert [run.batch(g) for g in range(2)] == [other.rollout.batch(g) for g in range(2)] == batches
+
+    expected = [run.engine.token_ids([e.prompt for e in batch]) for batch in batches]
+    trained = [rows for kind, rows in seen["rows"] if kind == "prompt"]
+    by_generation = [trained[0] + trained[1], trained[2] + trained[3]]  # passes of six rows
+    for rows, prompts in zip(by_generation, expected, strict=True):
+        assert sorted(rows) == sorted(tuple(p) for p in prompts for _ in range(config.group_size))
+
+    for texts, rewards, batch in zip(seen["texts"], seen["rewards"], batches, strict=True):
+        repeated = [example for example in batch for _ in range(config.group_size)]
+        scores = [task.safe_score(e, t).value for e, t in zip(repeated, texts, strict=True)]
+        assert np.allclose(rewards, scores, atol=1e-6) and len(set(scores)) > 3
+
+    rows = list(read_lines(folder / "metrics.jsonl"))
+    assert [row["generation"] for row in rows] == [1, 2]
+    assert rows[0]["reward_mean"] == pytest.approx(np.mean(seen["rewards"][0]), abs=1e-6)
+    groups = np.reshape(seen["rewards"][1], (3, 4))
+    assert rows[1]["reward_best"] == pytest.approx(groups.max(axis=1).mean(), abs=1e-6)
+    assert rows[1]["reward_spread"] == pytest.approx(groups.std(axis=1).mean(), abs=1e-6)
+    assert rows[0]["grpo"].keys() >= {"loss", "gradient_norm", "entropy"}
+
+    read = config.group_size * sum(len(ids) for prompts in expected for ids in prompts)
+    generated = sum(len(r) for kind, rows in seen["rows"] if kind == "completion" for r in rows)
+    summary = read_json(folder / "summary.json")
+    training = summary["cost"]["training"]
+    parameters = sum(p.numel() for p in run.engine.model.parameters())
+    assert summary["cost"]["parameters"] == parameters
+    assert (training["prompt"], training["generated"]) == (read, generated)
+    assert training["reread"] == training["backward"] == read + generated
+    assert training["forward_flops"] == 2 * parameters * 2 * (read + generated)
+    assert training["backward_flops"] == 4 * parameters * (read + generated)
+    assert training["flops"] == 8 * parameters * (read + generated)
+    assert rows[1]["cost"]["training"]["prompt"] == read
+    held = 2 * sum(map(len, run.engine.token_ids([e.prompt for e in task.held_out(9)])))
+    assert summary["cost"]["evaluation"]["prompt"] == held
+
+    assert result.status == "finished" and summary["generations"] == 2
+    assert summary["held_out_after"]["generation"] == 2 and summary["prior"] == []
+    assert {"generation", "scoring", "optimisation", "evaluation"} <= summary["seconds"].keys()
+    assert summary["peak_bytes"] >= summary["inference_peak_bytes"] > 0
+    assert len(read_json(folder / "samples.json")) == 4
+    assert not same(weights_in(folder), tiny_models.llama().state_dict())
+    assert same(weights_in(folder), run.engine.model.state_dict())
+
+
+def test_passes_that_no_default_makes_are_counted():
+    tokens = Tokens(prompt=10, generated=5, reread=30, backward=15)
+    assert tokens.flops(100) == (2 * 100 * 45, 4 * 100 * 15)
+    account = Account(100)
+    account.read(account.training, 10, 5)
+    line = {"cost": account.counts()}
+    other = Account(100)
+    other.go_on([{"cost": None}, line])
+    assert other.training == account.training and other.record() == account.record()
+    other.go_on([line, {"generation": 2}])
+    assert other.record() is None and other.counts() is None
+    account.read(account.training, 0, 5)  # an engine that does not say what it read
+    assert account.record() is None
+
+
+def test_iterations_and_kl_cost_their_passes(tmp_path):
+    run = make_run(tmp_path / "run", generations=1, iterations=2, beta=0.1)
+    assert run.run().status == "finished"
+    training = read_json(tmp_path / "run" / "summary.json")["cost"]["training"]
+    whole = training["prompt"] + training["generated"]
+    assert training["backward"] == 2 * whole
+    assert training["reread"] == 4 * whole  # two with gradients, old policy, reference
+    row = next(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert row["grpo"]["kl_to_start"] >= 0 and row["generation"] == 1
+
+
+def test_the_reference_of_the_kl_term_is_the_model_at_the_start(tmp_path):
+    run = make_run(tmp_path / "run", generations=1, beta=0.1, learning_rate=0.0, iterations=2)
+    run.run()
+    row = next(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert row["grpo"]["kl_to_start"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_learning_rate_of_zero_leaves_every_bit(tmp_path):
+    run = make_run(tmp_path / "run", generations=1, learning_rate=0.0)
+    run.run()
+    assert same(weights_in(tmp_path / "run"), tiny_models.llama().state_dict())
+
+
+def test_a_reward_that_raises_costs_its_example_only(tmp_path, seen):
+    result = make_run(tmp_path / "run", Vowels(broken=("1",)), generations=1).run()
+    assert result.status == "finished" and result.failed_rewards == 4
+    rewards = np.reshape(seen["rewards"][0], (3, 4))
+    assert (rewards[1] == Vowels.failure_reward).all() and (rewards[[0, 2]] >= 0).all()
+    assert next(read_lines(tmp_path / "run" / "metrics.jsonl"))["failed_rewards"] == 4
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path):
+    make_run(tmp_path / "whole", generations=3).run()
+    make_run(tmp_path / "run", generations=2, checkpoint_every=1).run()
+    checkpoints = tmp_path / "run" / CHECKPOINTS
+    (checkpoints / "checkpoint-2" / "esfast.json").unlink()  # killed before all was on the disk
+    done, newest = newest_checkpoint(checkpoints)
+    assert done == 1 and newest.name == "checkpoint-1"
+    run = make_run(tmp_path / "run", generations=3, checkpoint_every=1, done=done)
+    assert run.run(newest).generations == 3
+    assert same(weights_in(tmp_path / "run"), weights_in(tmp_path / "whole"))
+    rows = [list(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("run", "whole")]
+    for there, expected in zip(*rows, strict=True):
+        assert there["reward_mean"] == expected["reward_mean"]
+        assert there["cost"]["training"] == expected["cost"]["training"]
+
+
+def test_ctrl_c_leaves_the_last_whole_generation(tmp_path):
+    class Impatient(Vowels):
+        def score(self, example, completion):
+            if "5, 1 and 2" in example.prompt:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().score(example, completion)
+
+    handler = signal.getsignal(signal.SIGINT)
+    result = make_run(tmp_path / "run", Impatient(), generations=3).run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert result.status == "interrupted" and result.generations == 1
+    make_run(tmp_path / "one", generations=1).run()
+    assert same(weights_in(tmp_path / "run"), weights_in(tmp_path / "one"))
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "interrupted"
+
+
+def test_ctrl_c_waits_while_the_weights_are_moved():
+    with Interrupts() as interrupts:
+        interrupts.moving = True
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.rest()
+        assert not interrupts.moving
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"group_size": 1}, "judged by the others"),
+        ({"generations": 0}, "generations is 0"),
+        ({"sampling": Sampling(4)}, "temperature is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        GrpoConfig(**{"sampling": Sampling(4, temperature=1.0), **changes})
+
+
+def test_rows_of_a_pass_divide_the_completions():
+    config = GrpoConfig(Sampling(4, temperature=1.0), prompts=5, group_size=6, micro_batch=16)
+    assert config.rows == 15 and config.completions % config.rows == 0
+
+
+def test_es_keeps_the_same_account(tmp_path):
+    strategy = StrategyConfig(sigma=0.01, alpha=0.01, population_size=4, seed=5)
+    config = TrainConfig(strategy, Sampling(6), generations=2, prompts=3, eval_every=2)
+    task = Vowels()
+    model = tiny_models.llama()
+    engine = TransformersEngine(model, tiny_models.byte_tokenizer())
+    trainer = Trainer(
+        engine, task, config, RunFolder(tmp_path / "run", {}), save_model=lambda path: None
+    )
+    trainer.progress = RunProgress(2, 4, Console(file=io.StringIO()))
+    trainer.run()
+    cost = read_json(tmp_path / "run" / "summary.json")["cost"]
+    prompts = [example.prompt for g in range(2) for example in task.train_batch(5, g, 3)]
+    training = cost["training"]
+    assert training["prompt"] == 4 * sum(map(len, engine.token_ids(prompts)))
+    assert training["backward"] == training["reread"] == training["backward_flops"] == 0
+    tokens = training["prompt"] + training["generated"]
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    assert training["flops"] == 2 * cost["parameters"] * tokens
+    warm_up = engine.tokens_generated - training["generated"] - cost["evaluation"]["generated"]
+    assert 0 < warm_up <= 3 * 6
+    seconds = read_json(tmp_path / "run" / "summary.json")["seconds"]
+    assert seconds["evaluation"] > 0 and math.isfinite(seconds["generation"])
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def esfast(*arguments: str) -> int:
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_models.llama().save_pretrained(folder)
+    tiny_models.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
+    tmp_path, tiny_model, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    shared = ("--model", str(tiny_model), "--prompts", "2", "--eval-size", "2", "--output", "run")
+    grpo = ("grpo", *shared, "--group-size", "2", "--generations", "1", "--threads", "1")
+    assert esfast(*grpo, "--checkpoint-every", "1", "--prior-tasks", "arithmetic",
+                  "--prior-size", "2", "--prior-samples", "0") == 0  # fmt: skip
+    out = capfd.readouterr().out
+    assert "tuned: " in out and "not tuned: " in out and "held-out score" in out
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["method"] == "grpo" and config["settings"]["group_size"] == 2
+    assert config["tuning"].keys() == {"tuned", "not_tuned", "fixed"}
+    assert config["made"]["packages"]["trl"]
+    assert [r["generation"] for r in read_lines(Path("run/prior.jsonl"))] == [0, 1]
+    assert {p.name for p in Path("run/plots").iterdir()} >= {"reward.png", "held_out.png"}
+    assert esfast("train", "--resume", "run") == 2
+    assert "made by `esfast grpo`" in capfd.readouterr().err
+    assert esfast("grpo", "--resume", "run", "--learning-rate", "1") == 2
+    assert "--learning-rate 1.0" in capfd.readouterr().err
+    assert esfast("grpo", "--resume", "run", "--generations", "2") == 0
+    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    (Path("run") / CHECKPOINTS).rename("elsewhere")
+    assert esfast("grpo", "--resume", "run", "--generations", "3") == 2
+    assert "no whole checkpoint" in capfd.readouterr().err
+
+
+def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "trl.trainer.grpo_config", None)
+    assert esfast("grpo") == 2
+    error = capsys.readouterr().err
+    assert "esfast[forgetting]" in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_smollm2_learns_the_default_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert esfast("grpo", "--generations", "6", "--eval-size", "48", "--output", "run") == 0
+    summary = read_json(Path("run/summary.json"))
+    assert summary["rise"] > 0.2 and summary["rise_in_standard_errors"] > 4
