@@ -15,7 +15,7 @@ from rich.console import Console
 from test_cli import run
 from test_train import NumberEngine, Targets, interrupt_at, make_trainer
 
-from esfast import ConfigError, DataError, Weights
+from esfast import ConfigError, DataError, EsfastError, Weights
 from esfast.engines.base import Completion
 from esfast.held_out import wilson
 from esfast.measure import LOOP, PRIOR_TASKS
@@ -399,6 +399,27 @@ def test_samples_of_lm_evals_tasks_are_drawn(engine, yaml, monkeypatch):
             weight.copy_(kept)
     greedy, sampled = answers
     assert sampled != greedy
+
+
+def test_a_folder_of_tasks_may_be_given(engine, yaml):
+    prior = make_prior_task("tiny_write", PriorSettings(size=2, samples=0), yaml)
+    (found,) = prior.evaluate(engine, 0)
+    assert (found.task, found.prompts, found.sampled) == ("tiny_write", 2, None)
+    with pytest.raises(ConfigError, match="is no folder"):
+        make_prior_task("tiny_write", FEW, yaml / "nowhere")
+    with pytest.raises(EsfastError, match="could not be loaded by lm-eval"):
+        (yaml / "broken.yaml").write_text(CHOICES.format(name="broken", file="no.jsonl"))
+        make_prior_task(str(yaml / "broken.yaml"), FEW)
+
+
+@pytest.mark.slow
+def test_lm_evals_own_names_are_known(yaml):
+    """Its index takes seconds; no data of its tasks is here, and that is what is said."""
+    pytest.importorskip("lm_eval")
+    with pytest.raises(EsfastError, match="could not be loaded by lm-eval"):
+        make_prior_task("lm_eval:hellaswag", FEW)
+    with pytest.raises(ConfigError, match="lm-eval has none of that name"):
+        make_prior_task("hellaswagg", FEW)
 
 
 def test_lm_evals_tasks_need_a_model_of_transformers(yaml):

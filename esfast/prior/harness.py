@@ -150,7 +150,9 @@ def _load(source: str, name: str, include: str | Path | None) -> dict[str, Any]:
     if is_file and not Path(name).is_file():
         raise ConfigError(f"there is no file {name} for the prior task {source!r}.")
     with _quiet():
-        tasks = _known_tasks(None if include is None else str(include), not is_file)
+        tasks = _known_tasks(None if include is None else str(include), False)
+        if not is_file and name not in tasks.task_index:
+            tasks = _known_tasks(None if include is None else str(include), True)
         if not is_file and name not in tasks.task_index:
             raise ConfigError(
                 f"there is no prior task {source!r}: it is no task of esfast's "
@@ -169,7 +171,7 @@ def _load(source: str, name: str, include: str | Path | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _known_tasks(include: str | None, own: bool) -> Any:
-    """lm-eval's index; reading its own 15,000 files takes seconds."""
+    """An index of the YAML files in `include` and, with `own`, of lm-eval's: seconds to read."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
