@@ -10,12 +10,13 @@ from rich.console import Console
 from esfast.errors import ConfigError
 from esfast.html_report import build, figures_folder, read_runs, read_subjects
 from esfast.html_report.run_data import is_of
+from esfast.html_report.sequence import is_chain, read_chain
 from esfast.provenance import provenance
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast report`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train or grpo")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of train, grpo or continual")
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the report")
     parser.add_argument("--names", default=None, metavar="A,B", help="one a run; else the folders'")
     parser.add_argument("--title", default=None, help="of the report")
@@ -30,7 +31,11 @@ def run_report(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     _require_writable(output)
     names = None if args.names is None else [name.strip() for name in args.names.split(",")]
-    runs = read_runs(args.runs, names)
+    given = [Path(path).expanduser() for path in args.runs]
+    chains = [read_chain(path) for path in given if is_chain(path)]
+    stages = {chain.path: chain.stages for chain in chains}
+    folders = [folder for path in given for folder in stages.get(path, (path,))]
+    runs = read_runs([str(folder) for folder in folders], names)
     extras = [
         subject
         for path in args.forgetting
@@ -39,7 +44,7 @@ def run_report(args: argparse.Namespace) -> int:
     ]
     console = Console()
     with console.status("drawing the report"):
-        figures = build(runs, output, provenance(args.command_line), extras, args.title)
+        figures = build(runs, output, provenance(args.command_line), extras, args.title, chains)
     count = f"{len(runs)} runs" if len(runs) > 1 else "one run"
     console.print(
         f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB; {len(figures)} figures in "

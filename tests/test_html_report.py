@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from esfast import AnchoredDecay, EvolutionStrategy, ParameterTable, cli
+from esfast.continual import plan, results
 from esfast.forgetting.change import THRESHOLDS, ULPS
 from esfast.forgetting.drift import drift
 from esfast.forgetting.energy import SHARES
@@ -317,6 +318,32 @@ def test_seeds_of_one_setting_are_one_curve(tmp_path: Path, undrawn: None) -> No
     words = Page(output.read_text(encoding="utf-8")).text
     assert "es (2 seeds)" in words
     assert "0.700 [-0.571, 1.971]" in words  # 0.6 and 0.8: 12.706 * 0.1 to each side
+
+
+def test_a_sequence_is_its_stages_and_what_became_of_each_task(
+    tmp_path: Path, undrawn: None
+) -> None:
+    folder = tmp_path / "chain"
+    stages = plan(folder, ["A", "B"], [4, 2])
+    for stage in stages:
+        run_folder(stage.folder, seed=stage.number)
+    levels = {0: {"A": {0: 0.2, 4: 0.8}, "B": {0: 0.5, 4: 0.3}},
+              1: {"A": {1: 0.4, 2: 0.6}, "B": {1: 0.4, 2: 0.9}}}  # fmt: skip
+    for place, stage in enumerate(stages):
+        lines = [
+            PriorScore(at, task, task, "score", 10, Estimate.of([level] * 10)).record()
+            for task, course in levels[place].items()
+            for at, level in course.items()
+        ]
+        write_lines(stage.folder / "prior.jsonl", lines)
+    write(folder / "continual.json", {"results": results(stages)})
+    output = tmp_path / "chain.html"
+    assert cli.main(["report", str(folder), "-o", str(output)]) == 0
+    page = Page(output.read_text(encoding="utf-8"))
+    assert [a["id"] for a in page.all("section")][4] == "sequence"
+    for shown in ("stage-1-A", "stage-2-B", "-0.200 [-0.200, -0.200] +0.200 0.750", "before any",
+                  "stage 2: B 0.600 [0.600, 0.600] 0.900 [0.900, 0.900]"):  # fmt: skip
+        assert shown in page.text, shown
 
 
 def test_a_checkpoint_of_another_diagnosis_stands_beside_the_runs(

@@ -6,7 +6,7 @@
     report_data.py   runs in groups that differ in their seed alone, their curves
     page.py style.py HTML, everything from outside escaped; the look
     drawing.py pictures.py                    figures, light and dark
-    training.py change.py divergence.py account.py     the sections
+    training.py sequence.py change.py divergence.py account.py    the sections
 
 The file loads nothing: figures are inlined as data URIs, there is no script, and its
 content-security policy forbids both. What a run does not have is left out, with a line that names
@@ -24,6 +24,7 @@ from esfast.html_report.page import Section, page
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import ReportData
 from esfast.html_report.run_data import RunData, Subject, read_runs, read_subjects
+from esfast.html_report.sequence import TaskChain, sequences
 from esfast.provenance import one_line
 from esfast.whole_file import whole_file
 
@@ -36,18 +37,19 @@ def build(
     made: Mapping[str, Any],
     extras: Sequence[Subject] = (),
     title: str | None = None,
+    chains: Sequence[TaskChain] = (),
 ) -> list[Path]:
     """Writes `output` and the folder of figures beside it; returns the figures' paths.
 
     made: esfast.provenance.provenance() of the report itself; extras: further subjects of
-    forgetting.json files, such as checkpoints. EsfastError where the files cannot be written.
+    forgetting.json files, such as checkpoints; chains: sequences whose stages are among the
+    runs. EsfastError where the files cannot be written.
     """
     report = ReportData(tuple(runs), tuple(extras))
     foot = one_line(dict(made))
     pictures = Pictures(foot)
-    sections = [
-        section for section in _sections(report, pictures) if section.parts or section.missing
-    ]
+    drawn = _sections(report, chains, pictures)
+    sections = [section for section in drawn if section.parts or section.missing]
     text = page(title or _title(report), _subtitle(report), sections, foot)
     with whole_file(output) as file:
         file.write(text.encode("utf-8"))
@@ -59,7 +61,7 @@ def figures_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem}_figures")
 
 
-def _sections(report: ReportData, pictures: Pictures) -> list[Section]:
+def _sections(report: ReportData, chains: Sequence[TaskChain], pictures: Pictures) -> list[Section]:
     drift = change.drift(report, pictures)
     drift.parts += change.notes(report)
     return [
@@ -67,6 +69,7 @@ def _sections(report: ReportData, pictures: Pictures) -> list[Section]:
         account.what_was_run(report),
         training.target(report, pictures),
         training.prior(report, pictures),
+        sequences(chains, pictures),
         change.law(report, pictures),
         drift,
         change.sparsity(report, pictures),

@@ -143,7 +143,7 @@ def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
 
 def _training_seconds(spent: Mapping[str, float]) -> float:
     """All but evaluation, loading and saving."""
-    return sum(spent.get(part, 0.0) for part in LOOP)
+    return sum(spent.get(part, 0.0) for part in LOOP if part not in APART)
 
 
 def _by_cost(report: ReportData, pictures: Pictures) -> list[Html]:
