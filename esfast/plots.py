@@ -23,6 +23,11 @@ MARK = "#c4572e"
 SIZE = (7.0, 4.2)
 PIXELS_PER_INCH = 150
 PANELS_IN_A_ROW = 3
+REWARDS = {
+    "train": ("± 1 sd over members", "mean of members", "best member"),
+    "grpo": ("± 1 sd within a group", "mean of completions", "best of a group, mean"),
+}
+"""What spread, mean and best are of, by the command that made the run."""
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -30,14 +35,15 @@ def draw_run(folder: Path) -> list[Path]:
 
     Raises ConfigError without matplotlib, DataError where `folder` is no run.
     """
-    made = one_line(read_config(folder)["made"])
+    config = read_config(folder)
+    made, method = one_line(config["made"]), config.get("method", "train")
     rows = list(read_lines(folder / METRICS)) if (folder / METRICS).exists() else []
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     held_out = [row["held_out"] for row in rows if row["held_out"]]
     if summary.get("held_out_before"):
         held_out.insert(0, summary["held_out_before"])
     pictures: list[tuple[str, Callable[[Any], None], bool]] = [
-        ("reward", lambda axes: _rewards(axes, rows), bool(rows)),
+        ("reward", lambda axes: _rewards(axes, rows, REWARDS.get(method, REWARDS["train"])), bool(rows)),
         ("held_out", lambda axes: _held_out(axes, held_out), bool(held_out)),
         ("time", lambda axes: _time(axes, summary["seconds"]), bool(summary)),
     ]
@@ -106,13 +112,14 @@ def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> N
     rows = -(-len(panels) // columns)
     size = (columns * SIZE[0], rows * SIZE[1])
     figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout="constrained")
-    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, draw in zip(grid, panels, strict=False):
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         draw(axes)
         if axes.get_xlabel() == "generation":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in figure.axes[len(panels) :]:
+    for axes in grid[len(panels) :]:  # not figure.axes: colour bars have some of their own
         axes.set_axis_off()
     foot = "\n".join(textwrap.wrap(made, 130 * columns))
     figure.supxlabel(foot, fontsize=5.5, color="#777777")
@@ -120,15 +127,15 @@ def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> N
         figure.savefig(file, format="png", metadata={"Software": "esfast", "Comment": made})
 
 
-def _rewards(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _rewards(axes: Any, rows: list[dict[str, Any]], labels: tuple[str, str, str]) -> None:
     generations = [row["generation"] for row in rows]
     mean = [row["reward_mean"] for row in rows]
     low = [row["reward_mean"] - row["reward_spread"] for row in rows]
     high = [row["reward_mean"] + row["reward_spread"] for row in rows]
-    axes.fill_between(generations, low, high, color=BAND, alpha=0.6, label="± 1 sd over members")
-    axes.plot(generations, mean, color=INK, label="mean of members", marker="o", markersize=3)
+    axes.fill_between(generations, low, high, color=BAND, alpha=0.6, label=labels[0])
+    axes.plot(generations, mean, color=INK, label=labels[1], marker="o", markersize=3)
     best = [row["reward_best"] for row in rows]
-    axes.plot(generations, best, color=MARK, linewidth=0.8, label="best member")
+    axes.plot(generations, best, color=MARK, linewidth=0.8, label=labels[2])
     axes.set(title="Training reward", xlabel="generation", ylabel="reward")
     axes.legend(frameon=False, loc="lower right")
 

@@ -108,7 +108,7 @@ def whole(here, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     answers = ["--kl-prompts", "countdown", "--kl-count", "3", "--kl-tokens", "3"]
     answers += ["--score", "4", "--score-tokens", "4"]
-    moments = ["--at", "1,last", "--kl-at", "1,last", "--equal-norm", "whole"]
+    moments = ["--at", "1,last", "--kl-at", "1,last", "--equal-norm", "whole", "--threads", "1"]
     places = ["--base", here / "base", "--output", output]
     assert command(here / "es", here / "awd", *places, *moments, *answers) == 0
     return output
@@ -235,7 +235,7 @@ def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(
     arguments, expected = REFUSED[case]
     rest = [] if "--base" in arguments else ["--base", "base"]
     rest += [] if "--output" in arguments else ["--output", str(tmp_path / "out")]
-    assert command(*arguments[:1], *rest, *arguments[1:]) == 2
+    assert command(*arguments, *rest) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and "Traceback" not in said
     assert not (tmp_path / "out").exists()

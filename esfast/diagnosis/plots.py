@@ -1,6 +1,6 @@
 """The pictures of a diagnosis, drawn from forgetting.json alone.
 
-norm.png             the norm over the generations, with the random walk that noise alone makes
+norm.png             the norm over the generations, with what its steps make as noise
 heat_rms.png         layer x module group: root mean square of the change
 heat_sparsity.png    the same: share of elements with |delta| < 1e-6
 sparsity.png         the shares a group, absolute and in units in the last place
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from esfast.diagnosis.records import EQUAL, OWN, Row, last, models, sparsity, within_one_ulp
-from esfast.forgetting.laws import random_walk_norm
 from esfast.plots import picture
 from esfast.provenance import one_line
 
@@ -50,7 +49,6 @@ def draw(folder: Path, found: Row) -> list[Path]:
 
 
 def _norm(axes: Any, found: Row) -> None:
-    ends = [s["drift"][-1]["generation"] or 0 for s in found["subjects"]]
     for colour, subject in zip(_colours(found), found["subjects"], strict=False):
         norms = [record["whole"]["norm"] for record in subject["drift"]]
         generations = [record["generation"] for record in subject["drift"]]
@@ -58,19 +56,13 @@ def _norm(axes: Any, found: Row) -> None:
             axes.axhline(norms[0], color=colour, label=f"{subject['name']} (checkpoint)")
             continue
         axes.plot(generations, norms, color=colour, marker="o", label=subject["name"])
-        walk = _walk(subject, max(ends))
-        axes.plot(*walk, color=colour, linestyle=":", linewidth=1)
-    axes.plot([], [], color=GREY, linestyle=":", label="noise alone, α √(T d / N)")
+        law = (subject["noise_norms"] or [])[: (generations[-1] or 0) + 1]
+        axes.plot(range(len(law)), law, color=colour, linestyle=":", linewidth=1.2)
+    if any(subject["noise_norms"] for subject in found["subjects"]):
+        axes.plot([], [], color=GREY, linestyle=":", label="law: its steps as independent noise")
     axes.set(title="Norm of the change", xlabel="generation", ylabel="‖tuned − base‖₂")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-
-
-def _walk(subject: Row, end: int) -> tuple[list[float], list[float]]:
-    settings, elements = subject["settings"], subject["drift"][0]["whole"]["elements"]
-    times = [end * i / 60 for i in range(61)]
-    alpha, members = settings["alpha"], settings["population_size"]
-    return times, [random_walk_norm(alpha, members, elements, t) for t in times]
 
 
 def _rms(change: Row) -> float | None:
@@ -234,7 +226,7 @@ def _scores(axes: Any, there: list[tuple[str, list[Row]]]) -> None:
     colours = (GREY, *COLOURS)
     _clusters(axes, ticks, [name for name, _ in there], series, colours, spans)
     axes.set(title="Score, changes of one length", ylabel="score, 95 % over prompts")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=None if any(map(any, series)) else 1)
 
 
 def _colours(found: Row) -> list[str]:

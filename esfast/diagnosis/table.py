@@ -14,10 +14,10 @@ PIPED = 200  # columns, where no terminal says how many it has
 
 def print_tables(console: Console, found: Row) -> None:
     """Drift, groups, KL, scores, and the notes."""
-    width = None if console.is_terminal else PIPED
+    wide = console if console.is_terminal else Console(file=console.file, width=PIPED)
     for table in (_drift(found), _groups(found), _kl(found), _scores(found)):
         if table.row_count:
-            console.print(table, width=width)
+            wide.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
@@ -61,7 +61,7 @@ def _group(found: Row, change: Row | None) -> str:
 
 
 def _kl(found: Row) -> Table:
-    means = ("nats a token", "nats a token, by prompt", "nats an answer")
+    means = ("nats a token, all tokens alike", "all prompts alike")
     table = _table("KL, exact at sampled prefixes", "model", "at", "prompts", "direction", *means)
     for norm, name, model in models(found):
         for record in model["kl"]:
@@ -73,7 +73,7 @@ def _kl(found: Row) -> Table:
                 record["direction"],
                 *(
                     _estimate(record["exact"][mean])
-                    for mean in ("token_weighted", "prompt_averaged", "sequence")
+                    for mean in ("token_weighted", "prompt_averaged")
                 ),
             )
     return table

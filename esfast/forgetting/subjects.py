@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from esfast.checkpoint import is_model_folder
 from esfast.errors import ConfigError, DataError
 from esfast.forgetting.drift import CheckpointTensors, Tensors, tensors_of
+from esfast.forgetting.laws import norms_of_coefficients
 from esfast.journal import Journal, journal_path, read_journal
 from esfast.models import load_model, model_folder
 from esfast.replay import replay, strategy_of, usual_dtype
@@ -132,8 +134,17 @@ class Run:
             "generations": done,
             "chain": self.journal.chain_at(done),
             "settings": settings,
+            "noise_norms": self._noise_norms(),
             "dtype": str(usual_dtype(header)).removeprefix("torch."),
         }
+
+    def _noise_norms(self) -> list[float] | None:
+        """What the coefficients alone make of independent noise; None where no law is known."""
+        generations = self.journal.generations
+        if any(g.decay is not None and g.decay.kind != "l2" for g in generations):
+            return None
+        elements = sum(prod(tensor.shape) for tensor in self.journal.header.tensors)
+        return [float(norm) for norm in norms_of_coefficients(generations, elements)]
 
 
 class Checkpoint:
@@ -166,6 +177,7 @@ class Checkpoint:
             "generations": None,
             "chain": None,
             "settings": None,
+            "noise_norms": None,
             "dtype": str(usual).removeprefix("torch."),
         }
 
