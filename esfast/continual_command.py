@@ -118,7 +118,7 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
     strategy_of(args)
     require_packages(args.log_to)
     for stage in stages:
-        task_of(_stage_args(sequence, stage)).close()
+        task_of(stage_args(sequence, stage)).close()
     _prior(sequence, stages[0]).close()
     require_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _require_chain(sequence: TaskSequence) -> None:
 
 
 def _run_stage(sequence: TaskSequence, stage: Stage) -> int:
-    args = _stage_args(sequence, stage)
+    args = stage_args(sequence, stage)
     past = None
     if (stage.folder / CONFIG).exists():
         past = PastRun(args, read_config(stage.folder), {})
@@ -170,7 +170,7 @@ def _run_stage(sequence: TaskSequence, stage: Stage) -> int:
     return run_job(args, past, lambda _: _prior(sequence, stage))
 
 
-def _stage_args(sequence: TaskSequence, stage: Stage) -> argparse.Namespace:
+def stage_args(sequence: TaskSequence, stage: Stage) -> argparse.Namespace:
     """The flags with which `esfast train` would run the stage."""
     args = sequence.args
     earlier = sequence.stages[: stage.number - 1]

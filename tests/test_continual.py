@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
-from esfast import StateError
+from esfast import StateError, cli
 from esfast.continual import chain_of, handed_on, plan, results
-from esfast.continual_command import result_lines
+from esfast.continual_command import TaskSequence, result_lines, stage_args
 from esfast.continual_plots import draw_continual
 from esfast.journal import read_journal
 from esfast.prior import Estimate, PriorScore
@@ -277,6 +277,32 @@ def test_what_cannot_be_run_is_said_before_anything_is(case, tmp_path, monkeypat
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_options_go_to_their_own_task():
+    options = ["countdown:min_numbers=2", "reasoning_gym:leg_counting:min_animals=2"]
+    given = ["--tasks", "countdown,reasoning_gym:leg_counting,countdown", "--generations", "4"]
+    for option in options:
+        given += ["--task-option", option]
+    args = cli.build_parser().parse_args(["continual", *given, *DECAY, "--seed", "7"])
+    stages = plan(Path("out"), args.tasks.split(","), [4, 4, 4])
+    sequence = TaskSequence(args, Path("out"), stages, {})
+    first, second, third = (stage_args(sequence, stage) for stage in stages)
+    assert first.task_option == third.task_option == ["min_numbers=2"]
+    assert second.task_option == ["min_animals=2"] and second.task == "reasoning_gym:leg_counting"
+    assert [a.seed for a in (first, second, third)] == [7, 1_000_007, 2_000_007]
+    assert [a.anchor_model for a in (first, second)] == [None, args.model]
+    assert second.model == "out/stage-1-countdown/model" and first.model == args.model
+    assert len({stage.folder for stage in stages}) == 3
+
+
+def test_a_stage_that_was_killed_before_it_wrote_anything_starts_anew(there):
+    shutil.copytree("whole", "early")
+    for path in Path("early", STAGES[1]).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Path("early", STAGES[1], ".config.json.tmp").write_text("{")
+    assert run("continual", "--resume", "early") == 0
+    assert weights(f"early/{STAGES[1]}/model") == weights(f"whole/{STAGES[1]}/model")
 
 
 def test_torchrun_is_refused(monkeypatch, capsys):
