@@ -243,7 +243,9 @@ def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(
 
 def test_names_tell_sources_apart():
     assert names_of(["runs/a", "runs/b"]) == ["a", "b"]
-    assert names_of(["one/model", "two/model"]) == ["one/model", "two/model"]
+    assert names_of(["one/x", "two/x"]) == ["one/x", "two/x"]
+    assert names_of(["runs/es", "runs/grpo/model"]) == ["es", "grpo"]
+    assert names_of(["es", "es/model"]) == ["es", "model"]
 
 
 def test_moments_are_live_and_the_base_stays(here):
@@ -257,3 +259,11 @@ def test_moments_are_live_and_the_base_stays(here):
     assert [generation for generation, _ in seen] == [0, 2, 4]
     assert 0 == seen[0][1] < seen[1][1] < seen[2][1]
     assert isinstance(open_subject(str(here / "es" / "saved-1"), "s"), Checkpoint)
+
+
+def test_a_run_without_a_journal_is_the_model_that_it_left(here, tmp_path):
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "model").symlink_to(here / "other")
+    (tmp_path / "grpo" / "config.json").write_text("{}")
+    subject = open_subject(str(tmp_path / "grpo"), "grpo")
+    assert isinstance(subject, Checkpoint) and set(subject.tensors) > {"model.norm.weight"}

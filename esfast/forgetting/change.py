@@ -111,7 +111,7 @@ def ulp(weights: torch.Tensor) -> np.ndarray:
     Takes float32, bfloat16 and float16. Read from the exponent bits: frexp takes ten times as long.
     """
     precision, smallest = _FORMATS[weights.dtype]
-    bits = weights.float().numpy().view(np.uint32)  # exact: float32 holds all three
+    bits = weights.detach().cpu().float().numpy().view(np.uint32)  # float32 holds all three
     exponents = ((bits >> 23) & 0xFF).astype(np.int64) - 127  # of zeros and subnormals -127
     last_place = np.maximum(exponents, smallest) - (precision - 1)
     return ((last_place + 1023) << 52).view(np.float64)

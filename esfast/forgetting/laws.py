@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from esfast.errors import ConfigError, ParameterError
+from esfast.forgetting.change import ulp
 from esfast.journal_format import GenerationRecord
 from esfast.strategy import AnchoredDecay
 
-_MANTISSA = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}  # kept bits, smallest exponent
+_NOISY = (torch.bfloat16, torch.float16)
 _FEW_STATES = 200  # up to here the stationary chain is solved: 401 states take 10 ms
 _REACH = 8.0  # standard deviations that the chain's states span
 _DIRECT = 0.15  # below it (in last places) a normal step stays below one in all but 1e-10 of cases
@@ -132,15 +133,12 @@ def last_place(tensor: torch.Tensor) -> torch.Tensor:
 
     bf16: 2^(floor(log2 |w|) - 7); fp16: 2^(floor(log2 |w|) - 10). Raises ParameterError for others.
     """
-    if tensor.dtype not in _MANTISSA:
+    if tensor.dtype not in _NOISY:
         raise ParameterError(
             f"the last place of {tensor.dtype} is not what rounding is noisy in; give bfloat16 or "
             "float16 weights."
         )
-    bits, smallest = _MANTISSA[tensor.dtype]
-    _, exponent = torch.frexp(tensor.detach().double())  # |w| = m 2^exponent, m in [1/2, 1)
-    exponent = (exponent - 1).clamp_min(smallest).masked_fill_(tensor == 0, smallest)
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - bits)
+    return torch.from_numpy(ulp(tensor))
 
 
 def last_places(tensors: Iterable[torch.Tensor]) -> LastPlaces:

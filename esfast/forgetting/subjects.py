@@ -27,6 +27,7 @@ from esfast.journal import Journal, journal_path, read_journal
 from esfast.models import load_model, model_folder
 from esfast.replay import replay, strategy_of, usual_dtype
 
+LEFT = "model"  # where a run's folder has the tuned model
 Steps = Callable[[int, int], None]
 """Told, while a run is replayed: generations done, and the generation that is wanted next."""
 
@@ -184,10 +185,12 @@ class Checkpoint:
 
 def open_subject(source: str, name: str) -> Subject:
     """A run's folder, its journal or an exported one, or a model's folder; DataError for another
-    thing."""
+    thing. Of a run without a journal (GRPO's) it is the model that it left."""
     path = Path(source).expanduser()
-    if path.is_dir() and not journal_path(path).exists() and is_model_folder(path):
-        return Checkpoint(name, source, CheckpointTensors(path))
+    if path.is_dir() and not journal_path(path).exists():
+        for folder in (path, path / LEFT):
+            if folder.is_dir() and is_model_folder(folder):
+                return Checkpoint(name, source, CheckpointTensors(folder))
     if not path.exists() or (path.is_dir() and not journal_path(path).exists()):
         seen = "has neither a journal nor safetensors" if path.exists() else "is not there"
         raise DataError(
@@ -198,8 +201,14 @@ def open_subject(source: str, name: str) -> Subject:
 
 
 def names_of(sources: Sequence[str]) -> list[str]:
-    """Short names to tell sources apart by: their last parts, with as much before as it takes."""
-    parts = [Path(source).expanduser().absolute().parts for source in sources]
+    """Short names to tell sources apart by: their last parts, with as much before as it takes.
+
+    A run's own model is named as the run. ConfigError where a source is given twice.
+    """
+    whole = [Path(source).expanduser().absolute().parts for source in sources]
+    parts = [p[:-1] if p[-1:] == (LEFT,) else p for p in whole]
+    if len(set(parts)) < len(parts):  # a run and its model
+        parts = whole
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
         names = ["/".join(p[-depth:]) for p in parts]
