@@ -47,6 +47,7 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=positive, default=None, help="and every so many of them")
     parser.add_argument("--as-dtype", choices=DTYPES, default=None, help="compare as stored in it")
     parser.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    parser.add_argument("--device", default="cpu", help="of the replay and of the answers")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     _add_answer_flags(parser.add_argument_group("answers"))
     add_task_flags(parser.add_argument_group("target task; the first run's own if not given"))
@@ -66,7 +67,6 @@ def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--equal-norm", choices=LENGTHS, default=None, help="controls: one length")
     group.add_argument("--random-directions", type=natural, default=1, help="of the controls")
     group.add_argument("--batch-size", type=positive, default=32, help="rows decoded together")
-    group.add_argument("--device", default="cpu", help="where the answers are computed")
 
 
 @dataclass
@@ -109,7 +109,8 @@ class Diagnosis:
         answered = subject.generations(_words(self.args.kl_at), None) if self.pair else []
         at = sorted({*every, *answered}, key=lambda generation: generation or 0)
         replaying = partial(self._replaying, subject.name)
-        for moment in subject.moments(self.base, at, replaying, self.args.threads):
+        machine = (self.args.threads, self.args.device)
+        for moment in subject.moments(self.base, at, replaying, *machine):
             report = self._drift(subject.name, moment)
             known = {"generation": moment.generation, "checksum": moment.checksum}
             record["drift"].append({**known, **report.record()})

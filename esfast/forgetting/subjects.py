@@ -77,9 +77,17 @@ class Subject(Protocol):
         ...
 
     def moments(
-        self, base: Base, at: Sequence[int | None], after: Steps, threads: int | None
+        self,
+        base: Base,
+        at: Sequence[int | None],
+        after: Steps = ...,
+        threads: int | None = None,
+        device: str = "cpu",
     ) -> Iterator[Moment]:
-        """The moments of `at`, which rise. DataError where `base` is not what it started from."""
+        """The moments of `at`, which rise. DataError where `base` is not what it started from.
+
+        after, threads, device: of a run's replay.
+        """
         ...
 
     def record(self) -> dict[str, Any]:
@@ -112,9 +120,10 @@ class Run:
         at: Sequence[int | None],
         after: Steps = lambda done, wanted: None,
         threads: int | None = None,
+        device: str = "cpu",
     ) -> Iterator[Moment]:
         """Replays, comparing every recorded checksum on the way."""
-        loaded = load_model(base.name, dtype=usual_dtype(self.journal.header))
+        loaded = load_model(base.name, dtype=usual_dtype(self.journal.header), device=device)
         es = strategy_of(self.journal, loaded.model, base.folder, threads=threads)
         live = tensors_of(loaded.model)
         before = _as_started(base.tensors, live)
@@ -164,6 +173,7 @@ class Checkpoint:
         at: Sequence[int | None],
         after: Steps = lambda done, wanted: None,
         threads: int | None = None,
+        device: str = "cpu",
     ) -> Iterator[Moment]:
         """The files' weights as they are."""
         yield Moment(None, None, base.tensors, self.tensors)
