@@ -15,6 +15,7 @@ from esfast.html_report.page import (
     flat,
     joined,
     large,
+    over,
     percent,
     seconds,
     table,
@@ -23,6 +24,7 @@ from esfast.html_report.page import (
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Points, ReportData, strategy_of, swatch
 from esfast.html_report.run_data import RunData
+from esfast.html_report.sequence import is_chain
 from esfast.journal_format import MarkRecord
 from esfast.measure import LOOP
 from esfast.resources import readable
@@ -98,13 +100,16 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
     rows = [_cost_row(report, run) for run in report.runs if run.summary]
     if rows:
         head = ("run", "prompt tokens", "generated tokens", "read again", "backward tokens",
-                "forward FLOPs", "backward FLOPs", "FLOPs", "training time", "measuring time",
-                "not generating or scoring", "peak memory", "over generating alone")  # fmt: skip
+                "FLOPs", "training time", "measuring time", "not generating or scoring",
+                "peak memory")  # fmt: skip
         formulas = dict.fromkeys(
             run.summary["cost"]["formula"] for run in report.runs
             if run.summary and run.summary.get("cost")
         )  # fmt: skip
-        said = "Of training; measuring is held-out and prior evaluation. "
+        said = (
+            "Of training; below FLOPs forward + backward, below memory the peak over that of "
+            "generating alone. Measuring is held-out and prior evaluation. "
+        )
         section.parts.append(table(head, rows, said + "; ".join(formulas)))
     section.parts += _by_cost(report, pictures)
     section.parts += _times(report, pictures)
@@ -114,12 +119,18 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
         if run.summary and not run.summary.get("cost")
     ]
     section.missing += [
-        Missing(run.name, "the summary: the run is not finished",
-                f"esfast {'grpo' if run.method == 'GRPO' else 'train'} --resume {run.path}")
+        Missing(run.name, "the summary: the run is not finished", _resume(run))
         for run in report.runs
         if not run.summary
     ]  # fmt: skip
     return section
+
+
+def _resume(run: RunData) -> str:
+    """What goes on with a run that is not finished."""
+    if is_chain(run.path.parent):
+        return f"esfast continual --resume {run.path.parent}"
+    return f"esfast {'grpo' if run.method == 'GRPO' else 'train'} --resume {run.path}"
 
 
 def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
@@ -127,18 +138,28 @@ def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
     summary, training = run.summary, (run.summary.get("cost") or {}).get("training", {})
     spent = summary.get("seconds", {})
     apart = [spent[part] for part in APART if part in spent]
-    peak, ratio = summary.get("peak_bytes"), summary.get("peak_over_inference")
-    names = ("prompt", "generated", "reread", "backward", "forward_flops", "backward_flops",
-             "flops")  # fmt: skip
     return (
         report.named(run),
-        *(large(training.get(name)) for name in names),
+        *(large(training.get(name)) for name in ("prompt", "generated", "reread", "backward")),
+        _flops(training),
         seconds(_training_seconds(spent)),
         seconds(sum(apart) if apart else None),
         percent(summary.get("outside_share_of_loop")),
-        DASH if peak is None else readable(peak),
-        DASH if ratio is None else f"{ratio:.2f} ×",
+        _peak(summary.get("peak_bytes"), summary.get("peak_over_inference")),
     )
+
+
+def _flops(training: Mapping[str, float]) -> Html:
+    if "flops" not in training:
+        return Html(DASH)
+    parts = (training["forward_flops"], training["backward_flops"])
+    return over(large(training["flops"]), joined(map(large, parts), " + "))
+
+
+def _peak(peak: int | None, ratio: float | None) -> Html | str:
+    if peak is None or ratio is None:
+        return DASH if peak is None else readable(peak)
+    return over(readable(peak), f"{ratio:.2f} × generating")
 
 
 def _training_seconds(spent: Mapping[str, float]) -> float:
@@ -161,7 +182,7 @@ def _by_cost(report: ReportData, pictures: Pictures) -> list[Html]:
             curve(panels[-1], series, theme)
         if counted:
             panels[-1].set(xlabel="FLOPs of training", ylabel="held-out score")
-        legend_below(figure, panels[0])
+        legend_below(figure)
 
     return [
         pictures.add(
@@ -220,7 +241,7 @@ def _times(report: ReportData, pictures: Pictures) -> list[Html]:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set(xlabel="seconds")
-        legend_below(figure, axes, columns=7)
+        legend_below(figure, columns=7)
 
     return [pictures.add("time", draw, 1.1 + 0.24 * len(runs), "Where the wall time went.")]
 

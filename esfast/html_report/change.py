@@ -96,7 +96,7 @@ def _law_picture(report: ReportData, pictures: Pictures) -> Html:
             _norm_points(axes, theme, index, label, members)
         axes.set(xlabel="generation", ylabel="L2 norm of the change", ylim=(0, None))
         whole_generations(axes)
-        legend_below(figure, axes)
+        legend_below(figure)
 
     return pictures.add(
         "norm_law", draw, 3.6,
@@ -251,7 +251,7 @@ def _heat(
         wide = seen.size and top > 30 * seen.min()
         low = max(seen.min(), 1e-4 * top) if wide else 0.0
         norm = (LogNorm if wide else Normalize)(low, top)
-        panels = grid_of(figure, len(chosen), PANELS)
+        panels = grid_of(figure, len(chosen), PANELS, least=2)
         for axes, (title, _), (rows, columns, values) in zip(panels, chosen, grids, strict=True):
             shade = np.ma.masked_invalid(np.maximum(values, low))
             image = axes.pcolormesh(shade, cmap=HEAT, norm=norm, edgecolors=theme.page,
@@ -329,7 +329,7 @@ def _sparsity_picture(report: ReportData, pictures: Pictures) -> Html:
         ulps = members[0].file["ulps"]
         right.set_xticks(ulps, [f"{ulp:g}" for ulp in ulps], minor=False)
         right.minorticks_off()
-        legend_below(figure, left)
+        legend_below(figure)
 
     return pictures.add(
         "sparsity", draw, 3.3,
@@ -350,7 +350,7 @@ def _energy_picture(report: ReportData, pictures: Pictures) -> Html:
                               label=said)  # fmt: skip
         axes.set(xscale="log", xlabel="share of the weights, largest changes first",
                  ylabel="share of Σ change²", ylim=(-0.02, 1.02))  # fmt: skip
-        legend_below(figure, axes)
+        legend_below(figure)
 
     return pictures.add(
         "energy", draw, 3.2,

@@ -111,7 +111,7 @@ def _course_picture(report: ReportData, pictures: Pictures, panels: Sequence[Pan
             axes.set(title=f"{plain(panel[1])}\n{plain(panel[0])}", xlabel="generation",
                      ylabel="nats a token", ylim=(0, None))  # fmt: skip
             whole_generations(axes)
-        legend_below(figure, all_axes[0])
+        legend_below(figure)
 
     return pictures.add(
         "kl_course", draw, 0.5 + 2.4 * -(-len(panels) // 2),

@@ -161,16 +161,22 @@ def curve(axes: Any, series: Series, theme: Theme) -> None:
 
 
 def whole_generations(axes: Any) -> None:
-    """Ticks at whole numbers."""
+    """Ticks at whole numbers, also where there is one generation alone."""
     from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def legend_below(figure: Any, axes: Any, columns: int = 4) -> None:
-    """One legend for a figure of several panels."""
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+def legend_below(figure: Any, columns: int = 4) -> None:
+    """One legend for all panels of a figure; none for a single name."""
+    unique: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        unique = {**dict(zip(labels, handles, strict=True)), **unique}
     if len(unique) > 1:
         figure.legend(
             unique.values(), unique.keys(), loc="outside lower center",
@@ -178,9 +184,10 @@ def legend_below(figure: Any, axes: Any, columns: int = 4) -> None:
         )  # fmt: skip
 
 
-def grid_of(figure: Any, count: int, columns: int) -> list[Any]:
-    """So many axes in rows of `columns`; what is left of the last row is empty."""
-    columns = min(columns, count)
+def grid_of(figure: Any, count: int, columns: int, least: int = 1) -> list[Any]:
+    """So many axes in rows of `columns`, or of `count` but `least` where that is fewer; what is
+    left of the last row is empty."""
+    columns = max(least, min(columns, count))
     all_axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
     for axes in all_axes[count:]:
         axes.set_axis_off()

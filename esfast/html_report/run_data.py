@@ -60,8 +60,8 @@ class RunData:
     @property
     def method(self) -> str:
         """ "ES", "ES + l2" or "GRPO"."""
-        if self.config.get("method", "es") != "es":
-            return str(self.config["method"]).upper()
+        if self.config.get("method") == "grpo":
+            return "GRPO"
         decay = self.config["settings"].get("strategy", {}).get("decay")
         return f"ES + {decay['kind']}" if decay else "ES"
 

@@ -96,7 +96,7 @@ def _peaks(
         axes.set(xlabel="generation, over all stages", ylabel="score / peak of its own stage",
                  title=plain(chain.name), ylim=(0, None))  # fmt: skip
         whole_generations(axes)
-        legend_below(figure, axes)
+        legend_below(figure)
 
     return pictures.add(
         name, draw, 3.6,

@@ -32,7 +32,7 @@ from esfast.html_report.page import (
     text,
 )
 from esfast.html_report.pictures import Pictures
-from esfast.html_report.report_data import Points, ReportData, student, swatch
+from esfast.html_report.report_data import Group, Points, ReportData, student, swatch
 from esfast.html_report.run_data import RunData
 from esfast.prior.scores import KINDS, PriorScore, outcome
 
@@ -176,7 +176,7 @@ def target(report: ReportData, pictures: Pictures) -> Section:
             right.set(title="Training reward", xlabel="generation", ylabel="reward")
             for axes in (left, right):
                 whole_generations(axes)
-            legend_below(figure, left if held_out else right)
+            legend_below(figure)
 
         bands = (
             "Lines: mean over seeds; bands: their range; a group of one run has the band below."
@@ -266,7 +266,7 @@ def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> 
                     curve(axes, replace(series, label=label, dashed=dashed), theme)
             axes.set(title=plain(task.rsplit("/", 1)[-1]), xlabel="generation", ylabel="score")
             whole_generations(axes)
-        legend_below(figure, panels[0])
+        legend_below(figure)
 
     rows = -(-len(tasks) // 3)
     return pictures.add(
@@ -295,12 +295,26 @@ def _prior_table(report: ReportData, task: str) -> Html:
         scores = run.prior_of(task)
         if scores:
             rows += _prior_rows(report, run, scores)
+    rows += [_prior_seeds(group, task) for group in report.groups if _several(group, task)]
     metric = next(s for run in report.runs for s in run.prior_of(task))
     better = "" if metric.higher_is_better else "; lower is better"
     head = ("run", "answers", "before", "worst, at generation", "final", "dip", "change",
             "recovery")  # fmt: skip
     caption = joined([code(task), f": {metric.metric}, {metric.prompts} prompts{better}"])
     return table(head, rows, caption)
+
+
+def _several(group: Group, task: str) -> bool:
+    return sum(bool(run.prior_of(task)) for run in group.runs) > 1
+
+
+def _prior_seeds(group: Group, task: str) -> Sequence[object]:
+    """Means over seeds with Student's intervals; greedy answers."""
+    parts = [outcome(scores)["greedy"] for run in group.runs if (scores := run.prior_of(task))]
+    signs = {"before": False, "worst": False, "final": False,
+             "dip": True, "change": True, "recovery": True}  # fmt: skip
+    means = [_over_seeds([part[name] for part in parts], sign) for name, sign in signs.items()]
+    return (swatch(group.number, group.label), "greedy, mean", *means)
 
 
 def _prior_rows(
@@ -365,4 +379,5 @@ def _answer(sample: Mapping[str, Any], when: str) -> Html:
     if not found:
         return Html(DASH)
     said = f"score {found['score']:.3g}, generation {found['generation']}"
-    return joined([Html(f"<pre>{text(found['answer'])}</pre>"), _soft(said)])
+    answer = Html(f"<pre>{text(found['answer'])}</pre>") if found["answer"] else "empty, "
+    return joined([answer, _soft(said)])
