@@ -383,8 +383,9 @@ class GrpoRun:
             clock=self.clock,
             failed_rewards=self._failed_rewards,
             prior=self.prior,
+            cost=self.account.record(),
         )
-        self.folder.write(SUMMARY, {**result.record(), "cost": self.account.record()})
+        self.folder.write(SUMMARY, result.record())
         return result
 
 

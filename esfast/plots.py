@@ -36,14 +36,15 @@ def draw_run(folder: Path) -> list[Path]:
     Raises ConfigError without matplotlib, DataError where `folder` is no run.
     """
     config = read_config(folder)
-    made, method = one_line(config["made"]), config.get("method", "train")
+    made = one_line(config["made"])
+    labels = REWARDS.get(config.get("method", "train"), REWARDS["train"])
     rows = list(read_lines(folder / METRICS)) if (folder / METRICS).exists() else []
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     held_out = [row["held_out"] for row in rows if row["held_out"]]
     if summary.get("held_out_before"):
         held_out.insert(0, summary["held_out_before"])
     pictures: list[tuple[str, Callable[[Any], None], bool]] = [
-        ("reward", lambda axes: _rewards(axes, rows, REWARDS.get(method, REWARDS["train"])), bool(rows)),
+        ("reward", lambda axes: _rewards(axes, rows, labels), bool(rows)),
         ("held_out", lambda axes: _held_out(axes, held_out), bool(held_out)),
         ("time", lambda axes: _time(axes, summary["seconds"]), bool(summary)),
     ]

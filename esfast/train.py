@@ -71,7 +71,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a run; `status` is "finished", "interrupted" or "failed"."""
+    """What came of a run; `status` is "finished", "interrupted" or "failed". cost: the record of
+    its `esfast.cost.Account`, None where not all of it is known."""
 
     status: str
     generations: int
@@ -82,6 +83,7 @@ class TrainResult:
     clock: Clock
     failed_rewards: int
     prior: PriorTasks
+    cost: dict[str, Any] | None
 
     @property
     def rise(self) -> tuple[float, float] | None:
@@ -102,6 +104,7 @@ class TrainResult:
             "rise_in_standard_errors": errors,
             "failed_rewards": self.failed_rewards,
             "prior": self.prior.summary(),
+            "cost": self.cost,
             "seconds": dict(self.clock.seconds),
             "outside_share_of_loop": self.clock.outside_share(),
             "outside_share_of_run": self.clock.outside_share((*LOOP, SETUP, FINISH)),
@@ -353,6 +356,7 @@ class Trainer:
             clock=self.clock,
             failed_rewards=self._failed_rewards,
             prior=self.prior,
+            cost=self.account.record(),
         )
-        self.folder.write(SUMMARY, {**result.record(), "cost": self.account.record()})
+        self.folder.write(SUMMARY, result.record())
         return result
