@@ -96,9 +96,19 @@ def _cost_lines(result: TrainResult) -> list[str]:
             f"peak memory     {memory.peak_bytes / 1e6:.0f} MB, {memory.ratio:.3f} times the "
             f"{memory.inference_bytes / 1e6:.0f} MB of generating without training"
         )
+    if result.cost is not None:
+        lines.append(_account_line(result.cost["training"]))
     if result.failed_rewards:
         lines.append(f"failed rewards  {result.failed_rewards} (each got the failure reward)")
     return lines
+
+
+def _account_line(training: Mapping[str, int]) -> str:
+    return (
+        f"training cost   {training['prompt']:,} prompt and {training['generated']:,} generated "
+        f"tokens, {training['backward']:,} backward; {training['forward_flops'] / 1e12:.3g} TFLOP "
+        f"forward, {training['backward_flops'] / 1e12:.3g} backward"
+    )
 
 
 def _shown(text: str) -> str:
