@@ -33,6 +33,8 @@ def test_every_run_of_the_table_is_a_command_line_that_esfast_takes(scale, tmp_p
         arguments = study_runs.first_arguments(run, scale, tmp_path / run.key, "model")
         parsed = parser.parse_args(arguments)
         assert parsed.seed == run.seed
+        for step in study_runs.steps_left(run, scale, study_runs.Work(tmp_path), "model"):
+            parser.parse_args(step.arguments)
         if run.arm.decay:
             assert parsed.alpha * parsed.weight_decay_lambda == pytest.approx(run.arm.decay)
 
@@ -122,6 +124,18 @@ def test_what_is_finished_is_skipped_and_what_was_begun_goes_on(work):
     assert steps(run, work) == []
 
 
+def test_controls_wait_for_their_runs_and_are_made_once(scale, work):
+    assert study_runs.control_step(scale, work, "model") is None
+    for run in scale.runs():
+        leave(work.folder(run), summary={"status": "finished"})
+    step = study_runs.control_step(scale, work, "model")
+    assert step is not None
+    parsed = cli.build_parser().parse_args(step.arguments)
+    assert parsed.subjects[0].endswith("es-l2-seed1") and not parsed.kl
+    leave(work.controls, forgetting={})
+    assert study_runs.control_step(scale, work, "model") is None
+
+
 def test_a_work_folder_of_other_settings_is_refused(work):
     run = CPU.runs()[0]
     work.claim(run, ("train", "--alpha", "1"))
@@ -208,6 +222,29 @@ def test_change_columns_are_those_of_the_last_generation():
     found = study_rows.change_columns(report)
     assert found["norm"] == 10.0 and found["below_1e-6"] == 0.3
     assert found["kl_base_first_capitals"] == 0.1
+
+
+def test_control_rows_are_of_base_runs_and_controls(tmp_path):
+    def scores(value: float) -> list[dict]:
+        kinds = (("arithmetic", "target"), ("questions:capitals", "prior"))
+        shared = {"score": value, "score_95": [value, value]}
+        return [{"prompts": prompts, "kind": kind, **shared} for prompts, kind in kinds]
+
+    drift = [{"whole": {"norm": 3.0}}]
+    report = {
+        "base_scores": scores(0.1),
+        "subjects": [{"name": "es", "kind": "run", "drift": drift, "scores": scores(0.2)}],
+        "equal_norm": {
+            "controls": [{"name": "noise", "kind": "random", "norm": 2.0, "scores": scores(0.3)}]
+        },
+    }
+    (tmp_path / "forgetting.json").write_text(json.dumps(report))
+    rows = study_rows.control_rows(tmp_path / "forgetting.json")
+    seen = [(row["name"], row["task"], row["norm"], row["score"]) for row in rows]
+    assert seen[::2] == [
+        ("base", "target", 0.0, 0.1), ("es", "target", 3.0, 0.2), ("noise", "target", 2.0, 0.3),
+    ]  # fmt: skip
+    assert {row["task"] for row in rows[1::2]} == {"capitals"}
 
 
 def test_rows_survive_their_csv(tmp_path):

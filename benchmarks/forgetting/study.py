@@ -8,9 +8,10 @@
 Runs the table of study_table.py in a work folder (a run that is finished is skipped, one that was
 begun goes on), then writes into benchmarks/results/forgetting/SCALE/: runs.csv (a row a run),
 curves.csv (a row a run, task and evaluation), drift.csv (the change by generation beside what the
-law gives), summary.csv (means over seeds with intervals), study.json (how it was made), pictures,
-and report.html through `esfast report`. The tuned model of an ES run is removed once the run is
-finished: its journal is the model (`esfast replay`).
+law gives), controls.csv (scores of changes brought to one length), summary.csv (means over seeds
+with intervals), study.json (how it was made), pictures, and report.html through `esfast report`.
+The tuned model of an ES run is removed once the run is finished: its journal is the model (`esfast
+replay`).
 
 What it does not do: choose settings. Sigma, alpha and the population are those of the default job,
 lambdas are stated in study_table.py, and no arm was tuned on the prior tasks.
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +32,16 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_figures import Drawing
-from study_rows import columns, drift_rows, finished_runs, gather, summarise, write_csv
-from study_runs import Runner, Work, process
+from study_rows import (
+    columns,
+    control_rows,
+    drift_rows,
+    finished_runs,
+    gather,
+    summarise,
+    write_csv,
+)
+from study_runs import DIAGNOSED, Runner, Work, control_step, process
 from study_table import ROOT, SCALES, Scale, StudyRun
 
 from esfast.errors import ConfigError, EsfastError
@@ -113,7 +123,16 @@ def _run(runner: Runner, runs: Sequence[StudyRun]) -> None:
 
         started = perf_counter()
         runner.run_all(todo, after)
+    _control(runner)
     runner.work.add_session(perf_counter() - started, len(todo))
+
+
+def _control(runner: Runner) -> None:
+    step = control_step(runner.scale, runner.work, runner.model)
+    if step is not None and not runner.train_only:
+        runner.note("changes of one length")
+        shutil.rmtree(runner.work.controls, ignore_errors=True)
+        process(step.arguments, runner.work.path / "logs" / "controls.log")
 
 
 def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
@@ -134,6 +153,8 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
     write_csv(output / "curves.csv", curves)
     drift = [row for run in finished_runs(scale, work) for row in drift_rows(run, work)]
     write_csv(output / "drift.csv", drift)
+    if (work.controls / DIAGNOSED).exists():
+        write_csv(output / "controls.csv", control_rows(work.controls / DIAGNOSED))
     write_csv(output / "summary.csv", summarise([row for row in rows if row["main"]]))
     _write_json(output / "study.json", made)
     drawn = Drawing(rows, curves, one_line(made)).draw(output)

@@ -132,6 +132,22 @@ def drift_rows(run: StudyRun, work: Work) -> list[Row]:
     return rows
 
 
+def control_rows(path: Path) -> list[Row]:
+    """Scores of changes brought to one length, beside those of the base and of the runs."""
+    report = read_json(path)
+    base = {"name": "base", "kind": "base", "scores": report["base_scores"]}
+    norms = {s["name"]: s["drift"][-1]["whole"]["norm"] for s in report["subjects"]}
+    runs = [{**s, "norm": norms[s["name"]], "kind": "as it was"} for s in report["subjects"]]
+    rows = []
+    for record in (base, *runs, *report["equal_norm"]["controls"]):
+        for score in record["scores"]:
+            task = TARGET if score["kind"] == TARGET else short_name(score["prompts"])
+            row = {"name": record["name"], "kind": record["kind"], "norm": record.get("norm", 0.0)}
+            row |= {"task": task, "score": score["score"]}
+            rows.append({**row, "low": score["score_95"][0], "high": score["score_95"][1]})
+    return rows
+
+
 def change_columns(report: Mapping[str, Any]) -> Row:
     """From forgetting.json: the change at the last generation, and KL there."""
     subject = report["subjects"][0]

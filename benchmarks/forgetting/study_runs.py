@@ -26,7 +26,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from study_table import Scale, StudyRun
+from study_table import SEEDS, Scale, StudyRun
 
 import esfast
 from esfast.errors import ConfigError, EsfastError
@@ -68,6 +68,11 @@ class Work:
         kind: STORED or nothing.
         """
         return self.folder(run) / f"{DIAGNOSTICS.parent}{kind}"
+
+    @property
+    def controls(self) -> Path:
+        """Where the controls of equal norm go."""
+        return self.path / "controls"
 
     def log(self, run: StudyRun) -> Path:
         """What the run's processes printed."""
@@ -119,17 +124,38 @@ def _diagnoses(run: StudyRun, scale: Scale, work: Work, model: str) -> list[Step
     threads = _threads(scale)
     if run.arm.command == "train":
         kinds = {"": (*scale.diagnostics, *scale.drift_every)}
-        subject = work.folder(run)
     else:
         change_alone = ("--no-kl", "--score", "0", "--no-plots")
         kinds = {"": scale.diagnostics, STORED: ("--as-dtype", "bfloat16", *change_alone)}
-        subject = work.folder(run) / MODEL
     steps = []
     for kind, flags in kinds.items():
         output = work.diagnosis(run, kind)
-        where = ("forgetting", str(subject), "--base", model, "--output", str(output))
+        where = ("forgetting", str(_subject(run, work)), "--base", model, "--output", str(output))
         steps.append(Step("diagnosing", (*where, *flags, *threads), output / DIAGNOSED))
     return steps
+
+
+def control_step(scale: Scale, work: Work, model: str) -> Step | None:
+    """Changes of one length, whatever made them; None before its runs are there, or once done.
+
+    The first seed's l2 run gives the length; ES, the larger population and GRPO are brought to it,
+    and so is noise.
+    """
+    wanted = ("es-l2", "es", "es-large", "grpo")
+    runs = {run.arm.key: run for run in scale.runs() if run.seed == SEEDS[0]}
+    there = [runs[key] for key in wanted if key in runs and finished(work.folder(runs[key]))]
+    result = work.controls / DIAGNOSED
+    if len(there) < len(wanted) or result.exists():
+        return None
+    subjects = [str(_subject(run, work)) for run in there]
+    output = ("--base", model, "--output", str(work.controls), "--equal-norm", "whole", "--no-kl")
+    flags = (*output, *scale.controls, *_threads(scale))
+    return Step("controls", ("forgetting", *subjects, *flags), result)
+
+
+def _subject(run: StudyRun, work: Work) -> Path:
+    """What `esfast forgetting` looks at: a run's journal, or a checkpoint."""
+    return work.folder(run) if run.arm.command == "train" else work.folder(run) / MODEL
 
 
 def first_arguments(run: StudyRun, scale: Scale, folder: Path, model: str) -> tuple[str, ...]:

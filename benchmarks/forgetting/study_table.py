@@ -70,8 +70,8 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Scale:
-    """A study. Flags: of every training, of a command's, of the diagnosis of one run, and of the
-    generations at which the change of an ES run is measured.
+    """A study. Flags: of every training, of a command's, of the diagnosis of one run, of the
+    generations at which the change of an ES run is measured, and of the controls of equal norm.
 
     model: None where the user has to name one; jobs: runs at once; threads: of each; alpha,
     population_size, generations: of the plain ES arm, for what the laws predict.
@@ -83,6 +83,7 @@ class Scale:
     of_command: dict[str, tuple[str, ...]]
     diagnostics: tuple[str, ...]
     drift_every: tuple[str, ...]
+    controls: tuple[str, ...]
     arms: tuple[Arm, ...]
     jobs: int
     threads: int | None
@@ -156,6 +157,12 @@ def kl_flags(task: str, count: int, tokens: int) -> tuple[str, ...]:
     )
 
 
+def control_flags(task: str, count: int) -> tuple[str, ...]:
+    """Scores on the target and every prior task, of changes that are brought to one length."""
+    asked = ("--task", task, "--kl-prompts", ",".join(PRIOR_TASKS), "--score", str(count))
+    return (*asked, "--kl-dtype", "bfloat16", "--no-plots")
+
+
 CPU_ALPHA = 0.006
 CPU = Scale(
     name="cpu",
@@ -167,6 +174,7 @@ CPU = Scale(
     of_command={"train": ("--sigma", "0.003", "--alpha", f"{CPU_ALPHA}"), "grpo": ()},
     diagnostics=kl_flags("arithmetic", count=24, tokens=16),
     drift_every=("--every", "2"),
+    controls=control_flags("arithmetic", 48),
     arms=(
         *es_arms(CPU_ALPHA, size=16, prompts=32, l1=6e-4, l2=0.3),
         grpo_arm(size=16, prompts=32, group=8),
@@ -191,6 +199,7 @@ GPU = Scale(
     of_command={"train": ("--sigma", "0.001", "--alpha", f"{GPU_ALPHA}"), "grpo": ()},
     diagnostics=(*kl_flags("countdown", count=64, tokens=64), "--device", "cuda"),
     drift_every=("--every", "100"),
+    controls=(*control_flags("countdown", 200), "--device", "cuda"),
     arms=(
         *es_arms(GPU_ALPHA, size=30, prompts=200, l1=5e-6, l2=5e-3),
         grpo_arm(size=30, prompts=200, group=10),
