@@ -207,6 +207,14 @@ def test_what_cannot_be_followed_is_refused_by_name(load: Any, words: str) -> No
         found_in(load)
 
 
+def test_experts_spread_over_workers_are_refused() -> None:
+    model = Loading(lambda m, w: m.weight.data.copy_(w))
+    model.experts = torch.nn.Module()
+    model.experts.use_ep = True
+    with pytest.raises(ParameterError, match="'experts' spreads its experts over the workers"):
+        segments(model, 0, 2, checkpoint={"w": (4, 6)})
+
+
 def test_filled_rows_are_padding_and_buffers_are_nobodys() -> None:
     def load(module: Any, stored: torch.Tensor) -> None:
         module.weight.data[:3].copy_(stored)
