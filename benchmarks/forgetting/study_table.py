@@ -5,8 +5,8 @@ has the papers' settings (arXiv 2509.24372, 2605.30148) for a model that the use
 yet been run.
 
 Arms at one seed share run seed and prompts, so that ES and its variants see the same draws. The
-larger population has four times the members and a quarter of the prompts a generation: as many
-answers and as many generations over four times the directions.
+larger population has three times the members over a third of the prompts a generation (at the gpu
+scale four times, over a quarter): as many answers and as many generations over more directions.
 
 How lambda was carried from 500 generations to 8: by what is left when units are taken away. l2:
 alpha * lambda * T is 2.5 in the paper (5e-3 * 500) and 2.4 here (0.3 * 8). l1: alpha * lambda * T
@@ -107,14 +107,18 @@ def population_flags(size: int, prompts: int) -> tuple[str, ...]:
     return ("--population-size", str(size), "--prompts", str(prompts))
 
 
-def es_arms(alpha: float, size: int, prompts: int, l1: float, l2: float) -> tuple[Arm, ...]:
-    """ES, with l1, with l2 (both as alpha * lambda), and with a population four times as large."""
-    usual, larger = population_flags(size, prompts), population_flags(4 * size, prompts // 4)
+def es_arms(
+    alpha: float, size: int, prompts: int, larger: int, l1: float, l2: float
+) -> tuple[Arm, ...]:
+    """ES, with l1, with l2 (both as alpha * lambda), and with a population `larger` times as large
+    over as much fewer prompts."""
+    usual = population_flags(size, prompts)
+    many = population_flags(larger * size, prompts // larger)
     return (
         Arm("es", f"ES, N {size}", "train", usual, decay=0.0),
         Arm("es-l1", "ES + l1", "train", (*usual, *decay_flags("l1", l1, alpha))),
         Arm("es-l2", "ES + l2", "train", (*usual, *decay_flags("l2", l2, alpha)), decay=l2),
-        Arm("es-large", f"ES, N {4 * size}", "train", larger),
+        Arm("es-large", f"ES, N {larger * size}", "train", many),
     )
 
 
@@ -144,7 +148,7 @@ def sweep_arms(alpha: float, usual: tuple[str, ...], products: tuple[float, ...]
     ]
 
 
-PRIOR_FLAGS = ("--prior-tasks", ",".join(PRIOR_TASKS), "--prior-size", "48", "--prior-samples", "0")
+PRIOR_FLAGS = ("--prior-tasks", ",".join(PRIOR_TASKS), "--prior-size", "32", "--prior-samples", "0")
 
 KL_TASKS = ("questions:opposites", PRIOR_TASKS[-1])
 
@@ -176,9 +180,9 @@ CPU = Scale(
     drift_every=("--every", "2"),
     controls=control_flags("arithmetic", 48),
     arms=(
-        *es_arms(CPU_ALPHA, size=16, prompts=32, l1=6e-4, l2=0.3),
-        grpo_arm(size=16, prompts=32, group=8),
-        *sweep_arms(CPU_ALPHA, population_flags(16, 32), (0.005, 0.05, 0.6)),
+        *es_arms(CPU_ALPHA, size=16, prompts=24, larger=3, l1=6e-4, l2=0.3),
+        grpo_arm(size=16, prompts=24, group=8),
+        *sweep_arms(CPU_ALPHA, population_flags(16, 24), (0.005, 0.05, 0.6)),
     ),
     jobs=2,
     threads=1,
@@ -201,7 +205,7 @@ GPU = Scale(
     drift_every=("--every", "100"),
     controls=(*control_flags("countdown", 200), "--device", "cuda"),
     arms=(
-        *es_arms(GPU_ALPHA, size=30, prompts=200, l1=5e-6, l2=5e-3),
+        *es_arms(GPU_ALPHA, size=30, prompts=200, larger=4, l1=5e-6, l2=5e-3),
         grpo_arm(size=30, prompts=200, group=10),
         *sweep_arms(GPU_ALPHA, population_flags(30, 200), (5e-4, 1.5e-3, 1.5e-2, 5e-2)),
     ),
