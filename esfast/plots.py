@@ -89,7 +89,7 @@ def draw_prior(axes: Any, records: list[dict[str, Any]]) -> None:
             worst = values.index(pick(values))
             axes.plot(at[worst], values[worst], "o", color=colour, markersize=9, fillstyle="none")
     axes.set(
-        title=f"{ordered[0]['task']}, {ordered[0]['prompts']} prompts",
+        title=f"{ordered[0]['task']}, {ordered[0]['prompts']} prompts; ring: the worst",
         xlabel="generation",
         ylabel=ordered[0]["metric"],
     )
