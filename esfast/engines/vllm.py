@@ -17,11 +17,13 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -52,6 +54,9 @@ class _Rows:
 
     prompts: tuple[dict[str, Any], ...]
     lengths: tuple[int, ...]
+
+
+_OPEN: WeakSet[VLLMEngine] = WeakSet()
 
 
 class VLLMEngine:
@@ -108,6 +113,7 @@ class VLLMEngine:
         }
         self._llm: Any = _start(self.folder, given)
         self._closed = False
+        _OPEN.add(self)
         self._try_weights()
 
     @property
@@ -164,12 +170,10 @@ class VLLMEngine:
             return
         self._closed = True
         self._plans.clear()
-        self._llm.llm_engine.engine_core.shutdown()
+        _OPEN.discard(self)
+        with _groups_kept():
+            self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        if os.environ.get(IN_PROCESS) == "0":
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
 
     def reach(self, all_of_them: bool = False) -> int:
         """Tries whether edits of every kind of weight (or of every group of weights) reach the
@@ -254,6 +258,21 @@ class VLLMEngine:
         output = self._run([{"prompt_token_ids": ids}], wanted)[0]
         places = [*(output.prompt_logprobs or []), *(output.outputs[0].logprobs or [])]
         return [{token: one.logprob for token, one in place.items()} for place in places if place]
+
+
+@contextmanager
+def _groups_kept() -> Iterator[None]:
+    """vLLM's groups of workers stay while another engine in this process needs them: its own
+    ending of an engine takes them down."""
+    from vllm.v1.engine import core
+
+    takes_down = core.cleanup_dist_env_and_memory
+    if _OPEN:
+        core.cleanup_dist_env_and_memory = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = takes_down
 
 
 def ends_of(folder: Path, tokenizer: Any) -> frozenset[int]:
