@@ -9,7 +9,7 @@ from rich.console import Console
 
 from esfast.errors import ConfigError
 from esfast.html_report import build, figures_folder, read_runs, read_subjects
-from esfast.html_report.run_data import is_of
+from esfast.html_report.run_data import with_subjects
 from esfast.html_report.sequence import is_chain, read_chain
 from esfast.provenance import provenance
 
@@ -22,7 +22,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default=None, help="of the report")
     parser.add_argument(
         "--forgetting", action="append", default=[], metavar="FILE",
-        help="a forgetting.json (or its folder) whose other subjects are shown too; repeatable",
+        help="a forgetting.json of several (or its folder): of these runs, and others; repeatable",
     )  # fmt: skip
 
 
@@ -36,12 +36,8 @@ def run_report(args: argparse.Namespace) -> int:
     stages = {chain.path: chain.stages for chain in chains}
     folders = [folder for path in given for folder in stages.get(path, (path,))]
     runs = read_runs([str(folder) for folder in folders], names)
-    extras = [
-        subject
-        for path in args.forgetting
-        for subject in read_subjects(path)
-        if not any(is_of(subject, run.path) for run in runs)
-    ]
+    diagnosed = [subject for path in args.forgetting for subject in read_subjects(path)]
+    runs, extras = with_subjects(runs, diagnosed)
     console = Console()
     with console.status("drawing the report"):
         figures = build(runs, output, provenance(args.command_line), extras, args.title, chains)

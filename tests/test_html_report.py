@@ -357,6 +357,23 @@ def test_a_checkpoint_of_another_diagnosis_stands_beside_the_runs(
     assert "other" in Page(output.read_text(encoding="utf-8")).text
 
 
+def test_one_diagnosis_of_several_runs(tmp_path: Path, undrawn: None) -> None:
+    """A run is known by its journal's check value, wherever the diagnosis was made from."""
+    run = run_folder(tmp_path / "plain")
+    chain = read_journal(run).chains[-1].hex()
+    found = json.loads((run / "forgetting/forgetting.json").read_text())
+    shutil.rmtree(run / "forgetting")
+    (own,) = found["subjects"]
+    found["subjects"] = [{**own, "source": "runs/elsewhere", "chain": chain},
+                         {**own, "name": "stranger", "source": "b", "chain": "00"}]  # fmt: skip
+    write(tmp_path / "compared" / "forgetting.json", found)
+    flags = ["--forgetting", str(tmp_path / "compared"), "-o", str(tmp_path / "r.html")]
+    assert cli.main(["report", str(run), *flags]) == 0
+    words = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "measured norms" not in words and "stranger" in words
+    assert "elsewhere" not in words
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "said"),
     [

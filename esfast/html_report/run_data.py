@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def read_run(folder: Path, name: str) -> RunData:
             "or esfast grpo wrote (its --output)."
         )
     config = read_config(folder)
+    journal = read_journal(folder) if (folder / JOURNAL).exists() else None
     if "made" not in config or "settings" not in config:
         raise DataError(f"'{folder / CONFIG}' is not a run's: it has no 'made' or no 'settings'.")
     return RunData(
@@ -129,9 +130,9 @@ def read_run(folder: Path, name: str) -> RunData:
         rows=_lines(folder / METRICS),
         summary=read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None,
         samples=_samples(folder / SAMPLES),
-        journal=read_journal(folder) if (folder / JOURNAL).exists() else None,
+        journal=journal,
         prior=_prior(folder / PRIOR),
-        subject=_own_subject(folder, name),
+        subject=_own_subject(folder, name, journal),
     )
 
 
@@ -148,17 +149,32 @@ def read_subjects(path: str | Path) -> list[Subject]:
     return [Subject(str(subject["name"]), subject, content) for subject in content["subjects"]]
 
 
-def _own_subject(folder: Path, name: str) -> Subject | None:
-    """The run itself among the subjects of its own diagnostics: by its path, or alone there."""
+def with_subjects(
+    runs: Sequence[RunData], subjects: Sequence[Subject]
+) -> tuple[list[RunData], list[Subject]]:
+    """The runs with what further diagnostics say of them, and what is of none of them."""
+    known = [(s, next((r for r in runs if is_of(s, r.path, r.journal)), None)) for s in subjects]
+    own = {run.name: Subject(run.name, s.record, s.file) for s, run in known if run is not None}
+    filled = [replace(run, subject=own.get(run.name, run.subject)) for run in runs]
+    return filled, [subject for subject, run in known if run is None]
+
+
+def _own_subject(folder: Path, name: str, journal: Journal | None) -> Subject | None:
+    """The run itself among the subjects of its own diagnostics, or what is alone there."""
     if not (folder / DIAGNOSTICS).exists():
         return None
     subjects = read_subjects(folder / DIAGNOSTICS)
-    own = [s for s in subjects if is_of(s, folder)] or (subjects if len(subjects) == 1 else [])
+    own = [s for s in subjects if is_of(s, folder, journal)] or (
+        subjects if len(subjects) == 1 else []
+    )
     return Subject(name, own[0].record, own[0].file) if own else None
 
 
-def is_of(subject: Subject, folder: Path) -> bool:
-    """Whether a subject is this run, or a checkpoint inside its folder."""
+def is_of(subject: Subject, folder: Path, journal: Journal | None) -> bool:
+    """Whether a subject is this run, by its journal's check value, or lies in its folder."""
+    chain = subject.record.get("chain")
+    if chain is not None and journal is not None:
+        return chain in (journal.chains[-1].hex(), journal.chain_at(len(journal.generations)))
     source, run = Path(str(subject.record["source"])).resolve(), folder.resolve()
     return source == run or run in source.parents
 
