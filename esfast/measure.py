@@ -51,6 +51,16 @@ class Clock:
         self.seconds[name] += spent
         return spent
 
+    def share(self, parts: Mapping[str, float]) -> float:
+        """Puts the time since the last lap to several names, in the proportion of `parts`; returns
+        it. What waits for others says so what they did meanwhile."""
+        now = time.perf_counter()
+        spent, whole = now - self._last, sum(parts.values())
+        self._last = now
+        for name, part in parts.items():
+            self.seconds[name] += spent * (part / whole if whole else 1 / len(parts))
+        return spent
+
     def move(self, names: Sequence[str], to: str, since: Mapping[str, float]) -> None:
         """Puts what `names` have gained over the earlier reading `since` to `to` instead."""
         for name in names:

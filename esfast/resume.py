@@ -21,8 +21,9 @@ MAY_CHANGE = frozenset(
     (
         *("checkpoint_every",),
         *("generations", "eval_every", "eval_size", "snapshot_every", "plots", "log_to"),
-        *("threads", "reward_workers", "model", "data", "eval_data"),
+        *("threads", "reward_workers", "model", "data", "eval_data", "launcher", "engines"),
         *("prior_tasks", "prior_every", "prior_path", "anchor_model"),
+        *("gpu_memory_utilization", "engine_option", "tensor_parallel_size"),
     )
 )
 Adder = Callable[[argparse.ArgumentParser], None]

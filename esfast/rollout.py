@@ -4,13 +4,15 @@ scores them. Shared by the loop that leads a run and by the workers that follow 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from esfast.engines.base import Engine, Sampling
+from esfast.engines.base import Completion, Engine, Sampling
+from esfast.engines.fleet import Fleet
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal_format import GENERATION, GenerationRecord, decode, encode
@@ -94,22 +96,41 @@ class Rollout:
         self, batch: list[Example], sampling: Sampling
     ) -> tuple[list[Score], list[str], int]:
         """Scores, texts and tokens, one of each a prompt but the last."""
-        wait, texts, tokens = self._in_flight(batch, sampling)
-        scores = wait()
-        self.clock.lap(SCORING)
-        return scores, texts, tokens
-
-    def _in_flight(
-        self, batch: list[Example], sampling: Sampling
-    ) -> tuple[Pending, list[str], int]:
-        """The scores on their way, texts and tokens."""
         completions = self.engine.generate([example.prompt for example in batch], sampling)
         self.clock.lap(GENERATING)
-        texts = [completion.text for completion in completions]
-        self.read_tokens = sum(completion.prompt_tokens for completion in completions)
-        pending = self.task.score_later(batch, texts)
+        wait, tokens = self._in_flight(batch, completions)
+        scores = wait()
         self.clock.lap(SCORING)
-        return pending, texts, sum(completion.tokens for completion in completions)
+        return scores, [completion.text for completion in completions], tokens
+
+    def _in_flight(
+        self, batch: list[Example], completions: Sequence[Completion]
+    ) -> tuple[Pending, int]:
+        """The scores on their way, and tokens."""
+        self.read_tokens = sum(completion.prompt_tokens for completion in completions)
+        pending = self.task.score_later(batch, [completion.text for completion in completions])
+        self.clock.lap(SCORING)
+        return pending, sum(completion.tokens for completion in completions)
+
+    def _members(
+        self, es: EvolutionStrategy, batch: list[Example], sampling: Sampling
+    ) -> Generator[tuple[int, Sequence[Completion]], None, None]:
+        """The members that fall to this worker, by number, each with its completions."""
+        prompts = [example.prompt for example in batch]
+        generation, size = es.generation, self.config.strategy.population_size
+        if isinstance(self.engine, Fleet):
+            for answers in self.engine.members(generation, size, prompts, sampling):
+                spent = {PERTURB: answers.perturb_seconds, GENERATING: answers.generate_seconds}
+                self.clock.share(spent)
+                yield answers.number, answers.completions
+            return
+        order = {member: number for number, member in enumerate(es.strategy.members(generation))}
+        for member in es.population(self.workers.deal(generation, size)):
+            self.engine.weights_changed()
+            self.clock.lap(PERTURB)
+            completions = self.engine.generate(prompts, sampling)
+            self.clock.lap(GENERATING)
+            yield order[member], completions
 
     def batch(self, generation: int) -> list[Example]:
         """The generation's prompts."""
@@ -133,17 +154,14 @@ class Rollout:
         grouped = self.config.strategy.shaping == "group_centered"
         rows = np.zeros((size, 2 + (len(batch) if grouped else 1)))
         pending: dict[int, tuple[Pending, int]] = {}
-        order = {member: number for number, member in enumerate(es.strategy.members(generation))}
         self.clock.lap(RECORDS)
-        for member in es.population(self.workers.deal(generation, size)):
-            self.engine.weights_changed()
-            self.clock.lap(PERTURB)
-            scores, _, tokens = self._in_flight(batch, sampling)
-            pending[order[member]] = scores, tokens
-            after(order[member])
-            self.clock.lap(RECORDS)
+        with closing(self._members(es, batch, sampling)) as members:
+            for number, completions in members:
+                pending[number] = self._in_flight(batch, completions)
+                after(number)
+                self.clock.lap(RECORDS)
         self.clock.lap(PERTURB)
-        for number, (wait, tokens) in pending.items():
+        for number, (wait, tokens) in sorted(pending.items()):
             rows[number] = row_of(wait(), tokens, grouped)
         self.clock.lap(SCORING)
         rows = self.workers.gather(rows)

@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from esfast import measure
 from esfast.cost import Account
 from esfast.engines.base import Engine
+from esfast.engines.fleet import Fleet
 from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
 from esfast.held_out import HeldOut, rise, samples
@@ -38,8 +40,6 @@ from esfast.measure import (
     SCORING,
     SETUP,
     Clock,
-    peak_bytes,
-    reset_peak,
 )
 from esfast.prior import PriorSettings, PriorTasks
 from esfast.prior.evaluation import PRIOR
@@ -145,6 +145,9 @@ class Trainer:
         self._greedy = replace(config.sampling, temperature=0.0)
         self._before: HeldOut | None = None
         self._after: HeldOut | None = None
+        self._peaks = engine if isinstance(engine, Fleet) else measure
+        if isinstance(engine, Fleet):
+            engine.note = lambda text: self.progress.note(text)
         self._inference_peak: int | None = None
         self._failed_rewards = 0
         self._caught_up = False
@@ -161,9 +164,9 @@ class Trainer:
             except KeyboardInterrupt:
                 status = "interrupted"
             except BaseException:
-                self._restore()
-                with suppress(Exception):  # the first error is the one to tell
-                    self._finish("failed")
+                for ending in (self._restore, lambda: self._finish("failed"), self._leave_journal):
+                    with suppress(Exception):  # the first error is the one to tell
+                        ending()
                 raise
             self._restore()
             return self._finish(status)
@@ -171,7 +174,7 @@ class Trainer:
     def _start(self) -> None:
         """What generating costs without training is measured before any ES structure exists."""
         self.clock.lap(SETUP)
-        can_measure = reset_peak()
+        can_measure = self._peaks.reset_peak()
         self._before = self._evaluate(0)
         self.progress.note(
             f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
@@ -181,7 +184,7 @@ class Trainer:
         self._evaluate_prior(0)
         warm_up = [example.prompt for example in self.rollout.batch(0)]
         self.engine.generate(warm_up, self.rollout.sampling(0))
-        self._inference_peak = peak_bytes() if can_measure else None
+        self._inference_peak = self._peaks.peak_bytes() if can_measure else None
         self.clock.lap(SETUP)
         self.es = strategy_over(self.engine, self.config, self._anchor)
         self.account.parameters = sum(math.prod(spec.shape) for spec in self.es.weights.specs())
@@ -317,6 +320,10 @@ class Trainer:
             self.es.weights.restore()
             self.engine.weights_changed()
 
+    def _leave_journal(self) -> None:
+        if self.es is not None and self.es.journal is not None:
+            self.es.journal.close()
+
     def _close_journal(self) -> None:
         """Marks the end with the weights' checksum, unless the last update is still to be done."""
         assert self.es is not None and self.es.journal is not None
@@ -345,7 +352,7 @@ class Trainer:
         for logger in self.loggers:
             logger.close()
         self.clock.lap(FINISH)
-        peak = None if self._inference_peak is None else peak_bytes()
+        peak = None if self._inference_peak is None else self._peaks.peak_bytes()
         result = TrainResult(
             status=status,
             generations=generations,

@@ -9,20 +9,18 @@ from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from esfast import plots
-from esfast.checkpoint import LoadedModel, save_model
-from esfast.journal import parse
+from esfast.journal import JOURNAL, parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
-from esfast.models import load_model, model_folder
+from esfast.opening import Opened, open_engine
 from esfast.prior import PriorTasks
 from esfast.provenance import provenance
+from esfast.ray_command import open_fleet, require_launcher
 from esfast.replay import catch_up
 from esfast.report import print_result
 from esfast.resume import PastRun, flags_of, resumed
@@ -39,9 +37,6 @@ from esfast.train_flags import (
     task_of,
     told_decay,
 )
-
-if TYPE_CHECKING:
-    from esfast.engines.transformers import TransformersEngine
 
 INTERRUPTED = 130
 SEED_DERIVATION = (
@@ -66,6 +61,7 @@ def run_job(
     prior_tasks: what makes the prior tasks of the run's flags.
     """
     clock = Clock(args.started_before)
+    require_launcher(args)
     strategy = strategy_of(args)
     require_packages(args.log_to)
     task = task_of(args)
@@ -96,22 +92,23 @@ def _train(
         require_free(output)
     else:
         description = past.described(description)
-    loaded, engine = _model(args)
-    trainer = Trainer(
-        engine,
-        task,
-        config,
-        RunFolder(output, description, None if past is None else past.changes),
-        save_model=lambda path: save_model(loaded, path, made=description),
-        anchor=_anchor(args, loaded),
-        loggers=make_loggers(args.log_to, output, description),
-        clock=clock,
-    )
-    trainer.rollout.workers = workers
-    trainer.prior = prior
-    for line in told_decay(args, config.strategy):
-        trainer.progress.note(line)
-    result = trainer.run()
+    opened = _opened(args, output)
+    with closing(opened.engine):
+        trainer = Trainer(
+            opened.engine,
+            task,
+            config,
+            RunFolder(output, description, None if past is None else past.changes),
+            save_model=lambda path: opened.save(path, description),
+            anchor=opened.anchor,
+            loggers=make_loggers(args.log_to, output, description),
+            clock=clock,
+        )
+        trainer.rollout.workers = workers
+        trainer.prior = prior
+        for line in told_decay(args, config.strategy):
+            trainer.progress.note(line)
+        result = trainer.run()
     print_result(trainer.progress.console, result, output)
     if args.plots:
         plots.draw_run(output)
@@ -127,31 +124,20 @@ def _train(
 
 def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: Workers) -> int:
     """A worker that does not lead: no folder, no output, the same updates."""
-    loaded, engine = _model(args)
-    rollout = Rollout(engine, task, config, Clock())
+    opened = open_engine(args)
+    rollout = Rollout(opened.engine, task, config, Clock())
     rollout.workers = workers
-    es = strategy_over(engine, config, _anchor(args, loaded))
+    es = strategy_over(opened.engine, config, opened.anchor)
     journal = parse(workers.share(None), "the journal of worker 0")
     snapshots = Path(args.resume) / SNAPSHOTS if args.resume is not None else None
     catch_up(es, journal, snapshots, note=lambda text: None)
-    engine.weights_changed()
+    opened.engine.weights_changed()
     follow(rollout, es, config.generations)
     return 0
 
 
-def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
-    from esfast.engines.transformers import TransformersEngine
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    engine = TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
-    return loaded, engine
-
-
-def _anchor(args: argparse.Namespace, loaded: LoadedModel) -> Path:
-    """The folder of the model that decay pulls to."""
-    return loaded.folder if args.anchor_model is None else model_folder(args.anchor_model)
+def _opened(args: argparse.Namespace, output: Path) -> Opened:
+    return open_fleet(args, output / JOURNAL) if args.launcher == "ray" else open_engine(args)
 
 
 def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from esfast.tasks import Task, make_task
 from esfast.tasks.reward_pool import GIB, Limits
 from esfast.weights import MEMORIES
 
+LAUNCHERS = ("auto", "ray")
+ENGINES = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
 PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
 AUTO = "auto"
@@ -34,6 +36,7 @@ AUTO = "auto"
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast train`."""
     add_model_flags(parser.add_argument_group("model"))
+    add_engine_flags(parser.add_argument_group("engine"))
     add_task_flags(parser.add_argument_group("task"))
     add_strategy_flags(parser.add_argument_group("evolution strategy"))
     add_run_flags(parser.add_argument_group("run"))
@@ -46,8 +49,25 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     group.add_argument("--device", default="cpu", help="where the model lives")
     group.add_argument("--threads", type=positive, default=None, help="all cores if not given")
-    group.add_argument("--batch-size", type=positive, default=64, help="rows decoded together")
+    group.add_argument("--launcher", choices=LAUNCHERS, default="auto", help="docs/workers.md")
+    group.add_argument("--engines", type=positive, default=None, help="that ray starts")
+    group.add_argument(
+        "--batch-size", type=positive, default=None, help="rows decoded together; 64, or vLLM's own"
+    )
     group.add_argument("--memory", choices=MEMORIES, default="lean", help="how members are undone")
+
+
+def add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    """What generates, and how vLLM is started."""
+    group.add_argument("--engine", choices=ENGINES, default="transformers", help="docs/engines.md")
+    group.add_argument("--tensor-parallel-size", type=positive, default=1, help="devices of vLLM")
+    group.add_argument(
+        "--gpu-memory-utilization", type=above_zero, default=None, help="vLLM's share of a device"
+    )
+    group.add_argument(
+        "--engine-option", action="append", default=[], metavar="NAME=VALUE",
+        help="a further argument of vllm.LLM, such as max_model_len=4096",
+    )  # fmt: skip
 
 
 def add_task_flags(group: argparse._ArgumentGroup) -> None:
@@ -180,12 +200,12 @@ def config_of(args: argparse.Namespace, strategy: StrategyConfig, task: Task) ->
 def task_of(args: argparse.Namespace) -> Task:
     """The task that the flags name. Raises ConfigError, DataError."""
     name = args.task or ("custom" if args.reward else "arithmetic")
-    options = dict(_task_option(text) for text in args.task_option)
+    options = dict(option(text, "--task-option") for text in args.task_option)
     if args.reward and name != "custom":
         raise ConfigError(f"--reward goes with a task of your own; leave out --task {name}.")
-    for flag, option in (("data", args.data), ("eval_data", args.eval_data)):
-        if option is not None:
-            options[flag] = option
+    for flag, path in (("data", args.data), ("eval_data", args.eval_data)):
+        if path is not None:
+            options[flag] = path
     if name == "custom":
         options |= {
             "reward": args.reward,
@@ -233,10 +253,11 @@ def prior_names(text: str | None) -> list[str]:
     return names
 
 
-def _task_option(text: str) -> tuple[str, Any]:
+def option(text: str, flag: str) -> tuple[str, Any]:
+    """A name=value of `flag`, the value as JSON where it is some. Raises ConfigError."""
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ConfigError(f"--task-option {text!r} is not of the form name=value.")
+        raise ConfigError(f"{flag} {text!r} is not of the form name=value.")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -1,0 +1,83 @@
+"""The Ray cluster of a run: the one that is there (RAY_ADDRESS, or the last that was started on
+this machine), else a local one for as long as the run takes. What cannot be is refused by name
+before an actor starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from esfast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one engine takes: CPU cores and GPUs; environment: variables of its process."""
+
+    cpus: int
+    gpus: int = 0
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Cluster:
+    """A connection to Ray; closed with the run where the run made it."""
+
+    def __init__(self) -> None:
+        """Raises ConfigError where Ray is not installed or its cluster does not answer."""
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local cluster of 2.60 has no token
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self.ray = _ray()
+        self._own = not self.ray.is_initialized()
+        if self._own:
+            options = {"include_dashboard": False} if "RAY_ADDRESS" not in os.environ else {}
+            try:
+                self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ConfigError(
+                    f"no Ray cluster: {_first_line(error)}. Start one with ray start --head, set "
+                    "RAY_ADDRESS to one that runs, or unset it for a local one."
+                ) from None
+
+    def require(self, engines: int, share: Share) -> None:
+        """Raises ConfigError where the whole cluster has less than so many engines take."""
+        there = self.ray.cluster_resources()
+        for resource, each in (("CPU", share.cpus), ("GPU", share.gpus)):
+            has, needed = there.get(resource, 0.0), engines * each
+            if needed > has:
+                raise ConfigError(
+                    f"{engines} engines of {each} {resource} each need {needed}, and the Ray "
+                    f"cluster has {has:g}. Lower --engines"
+                    f"{' or --threads' if resource == 'CPU' else ''}, or add nodes to the cluster."
+                )
+
+    def cores(self) -> int:
+        """All CPU cores of the cluster."""
+        return int(self.ray.cluster_resources().get("CPU", 1))
+
+    def actor(self, kind: type, share: Share) -> Any:
+        """A new actor; it is scheduled where its share is free, and never restarted by Ray."""
+        options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": 0}
+        return self.ray.remote(**options)(kind).remote()
+
+    def close(self) -> None:
+        """Leaves the cluster, and ends it where it was this run's own."""
+        if self._own and self.ray.is_initialized():
+            self.ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"--launcher ray needs the ray package ({error}); pip install ray, or leave the flag "
+            "out: torchrun shares a run between processes as well."
+        ) from None
+    return ray
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -1,0 +1,74 @@
+"""From the flags of `esfast train` to an engine over a loaded model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esfast.checkpoint import save_model
+from esfast.engines.base import Engine
+from esfast.errors import ConfigError
+from esfast.launch.torchrun import under_torchrun
+from esfast.models import load_model, model_folder
+from esfast.train_flags import option
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine; the folder of the model that decay pulls to, None where the engine knows it
+    itself; and what saves the live model to a folder, with an account of how it was made."""
+
+    engine: Engine
+    anchor: Path | None
+    save: Callable[[Path, Mapping[str, Any]], object]
+
+
+def open_engine(args: argparse.Namespace) -> Opened:
+    """The engine that the flags name, with its model loaded."""
+    return _vllm(args) if args.engine == "vllm" else _transformers(args)
+
+
+def _vllm(args: argparse.Namespace) -> Opened:
+    from esfast.engines.vllm import VLLMEngine
+
+    _require_no_torchrun()
+    engine = VLLMEngine(
+        args.model,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        threads=args.threads,
+        options=dict(option(text, "--engine-option") for text in args.engine_option),
+    )
+    return Opened(engine, _anchor(args, engine.folder), engine.save)
+
+
+def _require_no_torchrun() -> None:
+    if under_torchrun():
+        raise ConfigError(
+            "vLLM starts its own workers, which torchrun's variables would mislead: run esfast "
+            "train without torchrun, with --tensor-parallel-size for one model over several "
+            "devices or --launcher ray --engines N for several engines."
+        )
+
+
+def _anchor(args: argparse.Namespace, folder: Path) -> Path:
+    """The folder of the model that decay pulls to."""
+    return folder if args.anchor_model is None else model_folder(args.anchor_model)
+
+
+def _transformers(args: argparse.Namespace) -> Opened:
+    from esfast.engines.transformers import TransformersEngine
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    engine = TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
+    anchor = _anchor(args, loaded.folder)
+    return Opened(engine, anchor, lambda path, made: save_model(loaded, path, made=made))
