@@ -212,12 +212,12 @@ def run_forgetting(args: argparse.Namespace) -> int:
         subject.generations(_words(args.kl_at), None)
     notes: list[str] = []
     sets = prompt_sets(args, notes) if args.kl or args.score else []
-    _require_answers(args, sets)
-    base = Base.of(args.base)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     console = Console()
     try:
+        _require_answers(args, sets)
+        base = Base.of(args.base)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
         with Steps(console) as steps:
             pair = _pair(args, base) if sets else None
             found = _measured(Diagnosis(args, base, sets, steps, pair, notes), subjects)

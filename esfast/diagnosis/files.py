@@ -6,7 +6,8 @@
     kl.csv               a row a model, prompts, direction, estimator and mean
     scores.csv           a row a model and prompts
 
-forgetting.json is written last: where it is, the others are whole.
+forgetting.json is written after the tables, and the pictures are drawn from it: where it is, the
+tables are whole.
 """
 
 from __future__ import annotations
@@ -39,11 +40,10 @@ def write_files(folder: Path, found: dict[str, Any], plots: bool) -> list[Path]:
         "scores.csv": _scores(found),
     }
     written = [_csv(folder / name, list(rows)) for name, rows in tables.items()]
-    if plots:
-        written += draw(folder, found)
     with whole_file(folder / NAME) as file:
         file.write(json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
-    return [path for path in [*written, folder / NAME] if path.exists()]
+    pictures = draw(folder, found) if plots else []
+    return [path for path in [*written, folder / NAME, *pictures] if path.exists()]
 
 
 def _csv(path: Path, rows: list[Row]) -> Path:
