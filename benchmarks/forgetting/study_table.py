@@ -176,8 +176,8 @@ CPU = Scale(
         *(*PRIOR_FLAGS, "--prior-every", "2", "--no-plots"),
     ),
     of_command={"train": ("--sigma", "0.003", "--alpha", f"{CPU_ALPHA}"), "grpo": ()},
-    diagnostics=kl_flags("arithmetic", count=24, tokens=16),
-    drift_every=("--every", "2"),
+    diagnostics=kl_flags("arithmetic", count=16, tokens=16),
+    drift_every=("--every", "4"),
     controls=control_flags("arithmetic", 48),
     arms=(
         *es_arms(CPU_ALPHA, size=16, prompts=24, larger=3, l1=6e-4, l2=0.3),
