@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from esfast.train_flags import strategy_of
 
 if TYPE_CHECKING:
     from esfast.launch.ray_actor import Hosted
+    from esfast.launch.ray_cluster import Cluster, Share
 
+EXECUTOR = "distributed_executor_backend"
 PLAIN = (str, int, float, bool, type(None), list)  # what of the flags an actor may be sent
 
 
@@ -36,16 +39,13 @@ def open_fleet(args: argparse.Namespace, journal: Path) -> Opened:
     journal: where the run's is, or will be. ConfigError where Ray is not there or has too little.
     """
     from esfast.launch.ray import Making, RayFleet
-    from esfast.launch.ray_cluster import Cluster, Share
+    from esfast.launch.ray_cluster import Cluster
 
     engines = args.engines or 1
     cluster = Cluster()
     try:
-        threads = args.threads or max(cluster.cores() // engines, 1)
-        sent = {**vars(args), "threads": threads, "model": _absolute(args.model)}
-        arguments = {name: value for name, value in sent.items() if isinstance(value, PLAIN)}
-        share = Share(threads, gpus=1 if args.device.startswith("cuda") else 0)
-        making = Making("esfast.ray_command:hosted", arguments, share)
+        share = _share(args, cluster, engines)
+        making = Making("esfast.ray_command:hosted", _arguments(args, share), share)
         fleet = RayFleet(cluster, making, engines, journal)
     except BaseException:
         cluster.close()
@@ -53,9 +53,36 @@ def open_fleet(args: argparse.Namespace, journal: Path) -> Opened:
     return Opened(fleet, None, fleet.save)
 
 
-def _absolute(model: str) -> str:
-    """A folder by its whole path: an actor has another current folder."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
+def _share(args: argparse.Namespace, cluster: Cluster, engines: int) -> Share:
+    """All cores of the cluster between the engines, or --threads for each worker; vLLM takes a GPU
+    a worker where the cluster has any, another engine where --device says so."""
+    from esfast.launch.ray_cluster import Share
+
+    vllm = args.engine == "vllm"
+    workers = args.tensor_parallel_size if vllm else 1
+    if (vllm and cluster.has("GPU")) or args.device.startswith("cuda"):
+        return Share(args.threads or 1, workers)
+    threads = args.threads or max(int(cluster.has("CPU")) // (engines * workers), 1)
+    # vLLM would bind every engine of a machine to the same cores, counted from 0.
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": bound, "OMP_NUM_THREADS": str(threads)}
+    return Share(threads * workers, environment=environment)
+
+
+def _arguments(args: argparse.Namespace, share: Share) -> dict[str, Any]:
+    """The flags as an actor is sent them: folders by their whole path, for it has another current
+    folder; its threads; and vLLM's workers inside the actor, which are not Ray's to place."""
+    plain = ((name, value) for name, value in vars(args).items() if isinstance(value, PLAIN))
+    sent: dict[str, Any] = dict(plain)
+    for name in ("model", "anchor_model"):
+        if sent[name] is not None and Path(sent[name]).exists():
+            sent[name] = str(Path(sent[name]).absolute())
+    if not share.gpus:
+        sent["threads"] = int(share.environment["OMP_NUM_THREADS"])
+    if not any(text.startswith(f"{EXECUTOR}=") for text in args.engine_option):
+        executor = "uni" if args.tensor_parallel_size == 1 else "mp"
+        sent["engine_option"] = [*args.engine_option, f"{EXECUTOR}={executor}"]
+    return sent
 
 
 def hosted(arguments: Mapping[str, Any]) -> Hosted:

@@ -279,7 +279,7 @@ class RayFleet:
         if not path.exists():
             self.note(
                 f"the model is not at {path}: the engine that saved it has another disk. Make it "
-                "from the run's folder with esfast replay."
+                "with esfast replay RUN --base MODEL --output DIR."
             )
 
     def close(self) -> None:

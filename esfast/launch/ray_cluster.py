@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from esfast.errors import ConfigError
@@ -19,7 +20,7 @@ class Share:
 
     cpus: int
     gpus: int = 0
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Cluster:
@@ -43,9 +44,8 @@ class Cluster:
 
     def require(self, engines: int, share: Share) -> None:
         """Raises ConfigError where the whole cluster has less than so many engines take."""
-        there = self.ray.cluster_resources()
         for resource, each in (("CPU", share.cpus), ("GPU", share.gpus)):
-            has, needed = there.get(resource, 0.0), engines * each
+            has, needed = self.has(resource), engines * each
             if needed > has:
                 raise ConfigError(
                     f"{engines} engines of {each} {resource} each need {needed}, and the Ray "
@@ -53,9 +53,9 @@ class Cluster:
                     f"{' or --threads' if resource == 'CPU' else ''}, or add nodes to the cluster."
                 )
 
-    def cores(self) -> int:
-        """All CPU cores of the cluster."""
-        return int(self.ray.cluster_resources().get("CPU", 1))
+    def has(self, resource: str) -> float:
+        """How much of "CPU" or "GPU" the whole cluster has."""
+        return float(self.ray.cluster_resources().get(resource, 0.0))
 
     def actor(self, kind: type, share: Share) -> Any:
         """A new actor; it is scheduled where its share is free, and never restarted by Ray."""
