@@ -108,10 +108,24 @@ class Drawing:
         axes.legend(frameon=False, fontsize=8)
 
     def _sparsity(self, axes: Any) -> None:
-        self._bars(axes, "below_1e-6")
+        """As trained (ES in bf16, GRPO in fp32), and as bf16 would store it."""
+        kinds = (
+            ("below_1e-6", -0.2, None, "as trained"),
+            ("below_1e-6_bf16", 0.2, "///", "as bf16"),
+        )
+        for column, shift, hatch, label in kinds:
+            for place, arm in enumerate(self.arms):
+                values = [row[column] for row in self.main if row["arm"] == arm and column in row]
+                if values:
+                    look = {"color": self.colour(arm), "alpha": 0.75, "hatch": hatch}
+                    name = label if place == 0 else None
+                    axes.bar(place + shift, np.mean(values), 0.38, label=name, **look)
+                    axes.bar_label(axes.containers[-1], fmt="%.2g", fontsize=7)
         axes.axhline(PAPER_GRPO_SPARSITY, color="black", linestyle=":", linewidth=1)
-        axes.annotate("GRPO in arXiv 2601.20861", (0.02, PAPER_GRPO_SPARSITY + 0.01), fontsize=7)
-        axes.set(title="Sparsity: share of |delta| < 1e-6", ylabel="share", ylim=(0, 1.05))
+        axes.annotate("GRPO, arXiv 2601.20861", (-0.4, PAPER_GRPO_SPARSITY + 0.01), fontsize=7)
+        axes.set_xticks(range(len(self.arms)), self.arms, rotation=20, ha="right", fontsize=8)
+        axes.set(title="Sparsity: share of |delta| < 1e-6", ylabel="share", ylim=(0, 1.1))
+        axes.legend(frameon=False, fontsize=8, loc="center left")
 
     def _outcome(self, part: str) -> Panel:
         titles = {
