@@ -14,13 +14,10 @@ a run goes on from TRL's checkpoints.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,7 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.transformers import TransformersEngine
 from esfast.errors import ConfigError
 from esfast.held_out import HeldOut, samples
+from esfast.interrupts import Interrupts
 from esfast.loggers import Logger
 from esfast.measure import (
     EVALUATION,
@@ -79,7 +77,7 @@ class GrpoConfig:
     beta: float = 0.0
     epsilon: float = 0.2
     micro_batch: int = 16
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str = "float32"
     gradient_checkpointing: bool = False
     eval_every: int = 5
     eval_size: int = 96
@@ -113,35 +111,6 @@ class GrpoConfig:
     def mixed(self, model: Any) -> bool:
         """Whether matrix products are taken in bfloat16 over float32 weights."""
         return self.compute_dtype == "bfloat16" and model.dtype == torch.float32
-
-
-@dataclass
-class Interrupts:
-    """Ctrl-C at once, or where the weights are being moved once they rest; a context manager."""
-
-    moving: bool = False
-    asked: bool = False
-    _before: Any = field(default=None, repr=False)
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if not self.moving:
-            raise KeyboardInterrupt
-
-    def rest(self) -> None:
-        """The weights are whole from here on. Raises KeyboardInterrupt where one was asked for."""
-        self.moving = False
-        if self.asked:
-            raise KeyboardInterrupt
 
 
 class GrpoRun:
@@ -369,6 +338,7 @@ class GrpoRun:
         whole = not (status == "failed" and self.interrupts.moving)
         if self.generation and whole:
             self._save_model(self.folder.model)
+        stored = self._as_stored() if status == "finished" else None
         for logger in self.loggers:
             logger.close()
         self.clock.lap(FINISH)
@@ -385,8 +355,21 @@ class GrpoRun:
             prior=self.prior,
             cost=self.account.record(),
         )
-        self.folder.write(SUMMARY, result.record())
+        record = {**result.record(), "held_out_as_bfloat16": stored and stored.record()}
+        self.folder.write(SUMMARY, record)
         return result
+
+    def _as_stored(self) -> HeldOut | None:
+        """The held-out score of float32 weights rounded to bfloat16, as models are stored; None
+        for others. The weights stay rounded: they have been saved."""
+        if self.engine.model.dtype != torch.float32:
+            return None
+        with torch.no_grad():
+            for parameter in self.engine.model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        held_out = self._evaluate(self.generation)
+        self.progress.note(f"held-out with the weights rounded to bfloat16: {held_out.text()}")
+        return held_out
 
 
 def _tokens(completions: Sequence[Completion]) -> tuple[int, int]:

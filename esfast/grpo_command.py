@@ -66,7 +66,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="trained, and saved")
     group.add_argument(
-        "--compute-dtype", choices=DTYPES, default="bfloat16", help="of products of float32 weights"
+        "--compute-dtype", choices=DTYPES, default="float32", help="of products of float32 weights"
     )
     group.add_argument("--device", default="cpu", help="where the model lives")
     group.add_argument("--threads", type=positive, default=None, help="all cores if not given")

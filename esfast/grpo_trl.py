@@ -72,7 +72,7 @@ def make_trainer(run: GrpoRun, folder: Path) -> Any:
         {"prompt": [str(n) for n in range(config.generations * config.prompts)]}
     )
     engine.model.requires_grad_(True)
-    trainer = GRPOTrainer(
+    trainer: Any = GRPOTrainer(
         model=engine.model,
         reward_funcs=[_reward_of(run)],
         args=arguments(config, folder, engine.model),
@@ -82,6 +82,8 @@ def make_trainer(run: GrpoRun, folder: Path) -> Any:
         rollout_func=_rollout_of(run),
     )
     trainer.remove_callback(PrinterCallback)
+    # With every checkpoint TRL writes a card of the model, for which it looks for other packages.
+    trainer.create_model_card = lambda **_: None
     if trainer.ref_model is not None:  # TRL read it from the folder again, in whatever dtype
         trainer.ref_model.load_state_dict(engine.model.state_dict())
     return trainer

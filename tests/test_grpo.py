@@ -19,7 +19,8 @@ from esfast import ConfigError, StrategyConfig, cli
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.cost import Account, Tokens
 from esfast.engines.base import Sampling
-from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun, Interrupts
+from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun
+from esfast.interrupts import Interrupts
 from esfast.progress import RunProgress
 from esfast.run_folder import RunFolder, read_json, read_lines
 from esfast.tasks import Example, Score, Task
@@ -159,7 +160,7 @@ def test_a_run_trains_on_the_tasks_prompts_and_rewards_and_accounts_for_them(tmp
     assert training["backward_flops"] == 4 * parameters * (read + generated)
     assert training["flops"] == 8 * parameters * (read + generated)
     assert rows[1]["cost"]["training"]["prompt"] == read
-    held = 2 * sum(map(len, run.engine.token_ids([e.prompt for e in task.held_out(9)])))
+    held = 3 * sum(map(len, run.engine.token_ids([e.prompt for e in task.held_out(9)])))
     assert summary["cost"]["evaluation"]["prompt"] == held
 
     assert result.status == "finished" and summary["generations"] == 2
@@ -167,8 +168,10 @@ def test_a_run_trains_on_the_tasks_prompts_and_rewards_and_accounts_for_them(tmp
     assert {"generation", "scoring", "optimisation", "evaluation"} <= summary["seconds"].keys()
     assert summary["peak_bytes"] >= summary["inference_peak_bytes"] > 0
     assert len(read_json(folder / "samples.json")) == 4
-    assert not same(weights_in(folder), tiny_models.llama().state_dict())
-    assert same(weights_in(folder), run.engine.model.state_dict())
+    tuned, stored = weights_in(folder), run.engine.model.state_dict()
+    assert not same(tuned, tiny_models.llama().state_dict())
+    assert same({name: w.bfloat16().float() for name, w in tuned.items()}, stored)
+    assert summary["held_out_as_bfloat16"]["generation"] == 2
 
 
 def test_passes_that_no_default_makes_are_counted():

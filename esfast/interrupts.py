@@ -1,0 +1,42 @@
+"""Ctrl-C that does not come between two halves of one change.
+
+Not promised: anything about signals other than SIGINT, or outside the main thread, where Python
+delivers none.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+
+@dataclass
+class Interrupts:
+    """Ctrl-C at once, or where the weights are being moved once they rest; a context manager."""
+
+    moving: bool = False
+    asked: bool = False
+    _before: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self.moving:
+            raise KeyboardInterrupt
+
+    def rest(self) -> None:
+        """The weights are whole from here on. Raises KeyboardInterrupt where one was asked for."""
+        self.moving = False
+        if self.asked:
+            raise KeyboardInterrupt
