@@ -46,11 +46,14 @@ from esfast.measure import (
 from esfast.prior import PriorSettings, PriorTasks
 from esfast.prior.evaluation import PRIOR
 from esfast.progress import GenerationReport, RunProgress
+from esfast.resources import readable, require_memory
 from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
 from esfast.tasks.base import Example, Score, Task
 from esfast.train import SAMPLES_SHOWN, Memory, TrainResult
 
 CHECKPOINTS = "checkpoints"
+BESIDE = 3
+"""Copies of the weights beside them: gradients, and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,25 @@ class GrpoRun:
     def _optimise(self, resume: Path | None) -> None:
         from esfast.grpo_trl import make_trainer, quietly
 
+        self._tell_memory()
         with quietly():
             trainer = make_trainer(self, self.folder.path / CHECKPOINTS)
             self.clock.lap(SETUP)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         self.interrupts.rest()
+        if self._after is None:  # the checkpoint was the end
+            self._after = self._evaluate(self.generation)
+
+    def _tell_memory(self) -> None:
+        weights = sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
+        copies = BESIDE + (self.config.beta > 0)
+        needed = copies * weights
+        mend = "Choose a smaller model, or --dtype bfloat16."
+        require_memory(needed, "gradients and optimiser", mend)
+        self.progress.note(
+            f"gradients and optimiser: {readable(needed)} beside {readable(weights)} of weights, "
+            f"and activations of {self.config.rows} completions"
+        )
 
     # --- what TRL asks for -----------------------------------------------------------------------
 
@@ -331,12 +348,13 @@ class GrpoRun:
         self.folder.write(SAMPLES, samples(shown, self._before, self._after))
 
     def _finish(self, status: str) -> TrainResult:
-        """Samples, the model unless an error came upon it in the middle of a step, the summary."""
+        """Samples, the model unless it was left in the middle of a step, the summary."""
         self.clock.lap(RECORDS)
         self.progress.doing("saving")
         self._write_samples()
-        whole = not (status == "failed" and self.interrupts.moving)
-        if self.generation and whole:
+        if self.interrupts.moving and status != "finished":
+            self.progress.note("stopped in the middle of a step: no model is saved")
+        elif self.generation:
             self._save_model(self.folder.model)
         stored = self._as_stored() if status == "finished" else None
         for logger in self.loggers:

@@ -15,7 +15,8 @@ from typing import Any
 
 @dataclass
 class Interrupts:
-    """Ctrl-C at once, or where the weights are being moved once they rest; a context manager."""
+    """Ctrl-C at once, or where the weights are being moved once they rest; a context manager. A
+    second Ctrl-C does not wait: `moving` then says that the weights are not whole."""
 
     moving: bool = False
     asked: bool = False
@@ -31,8 +32,8 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if not self.moving:
+        again, self.asked = self.asked, True
+        if again or not self.moving:
             raise KeyboardInterrupt
 
     def rest(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -241,7 +240,7 @@ def test_ctrl_c_leaves_the_last_whole_generation(tmp_path):
     class Impatient(Vowels):
         def score(self, example, completion):
             if "5, 1 and 2" in example.prompt:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return super().score(example, completion)
 
     handler = signal.getsignal(signal.SIGINT)
@@ -256,13 +255,32 @@ def test_ctrl_c_leaves_the_last_whole_generation(tmp_path):
 def test_ctrl_c_waits_while_the_weights_are_moved():
     with Interrupts() as interrupts:
         interrupts.moving = True
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             interrupts.rest()
         assert not interrupts.moving
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with Interrupts(moving=True) as interrupts:
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
+            signal.raise_signal(signal.SIGINT)
+        assert interrupts.moving
+
+
+def test_a_second_ctrl_c_does_not_wait_and_saves_no_torn_model(tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def impatient(self, *arguments, **named):
+        if len(self.state):  # from the second step on
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", impatient)
+    result = make_run(tmp_path / "run", generations=3).run()
+    assert (result.status, result.generations) == ("interrupted", 1)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -349,9 +367,28 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     assert "--learning-rate 1.0" in capfd.readouterr().err
     assert esfast("grpo", "--resume", "run", "--generations", "2") == 0
     assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    assert esfast("grpo", "--resume", "run") == 0
+    again = read_json(Path("run/summary.json"))
+    assert again["held_out_after"]["generation"] == 2 and again["generations"] == 2
+    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
     (Path("run") / CHECKPOINTS).rename("elsewhere")
     assert esfast("grpo", "--resume", "run", "--generations", "3") == 2
     assert "no whole checkpoint" in capfd.readouterr().err
+
+
+def test_too_little_memory_is_said_before_training(tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("esfast.resources.available_memory", lambda: None)
+    shared = ("--model", str(tiny_model), "--prompts", "2", "--group-size", "2", "--output", "run")
+
+    def little(*_: object) -> None:
+        monkeypatch.setattr("esfast.resources.available_memory", lambda: 1000)
+
+    monkeypatch.setattr("esfast.grpo.peak_bytes", little)
+    assert esfast("grpo", *shared, "--eval-size", "2", "--no-plots") == 2
+    error = capsys.readouterr().err
+    assert "gradients and optimiser needs about 1 MB" in error
+    assert read_json(Path("run/summary.json"))["status"] == "failed"
 
 
 def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
