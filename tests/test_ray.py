@@ -5,24 +5,30 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from test_cli import here, run, tiny_model, vowels  # noqa: F401  (fixtures)
+from vllm_tiny import OPTIONS, save_tiny
 from workers_driver import Numbers, Targets
 
-from esfast import ConfigError, DataError, StateError, StrategyConfig
+from esfast import ConfigError, DataError, StateError, StrategyConfig, cli
 from esfast.engines.base import Sampling
 from esfast.journal import read_journal
 from esfast.launch.ray import Making, RayFleet
 from esfast.launch.ray_cluster import Cluster, Share
+from esfast.ray_command import open_fleet
 from esfast.rollout import TrainConfig
 from esfast.run_folder import RunFolder
+from esfast.tasks import Example, Score
 from esfast.train import Trainer
+from esfast.train_flags import config_of, strategy_of
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.vllm  # ray lives in that environment
@@ -100,18 +106,16 @@ def alone(tmp_path_factory) -> dict:
             "failed": result.failed_rewards}  # fmt: skip
 
 
-@pytest.mark.parametrize("engines", [1, 2])
-def test_the_number_of_engines_does_not_show(tmp_path, alone, engines):
-    told = train(tmp_path / "x", engines)
-    assert {name: told[name] for name in alone} == alone
-    assert (tmp_path / "x/run/model").read_text().startswith("({'by': 'a test'}")
-    assert told["memory"].ratio is not None
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict:
+    """The same run with two engines."""
+    folder = tmp_path_factory.mktemp("two")
+    return {**train(folder, 2), "model": (folder / "run/model").read_text()}
 
 
-def test_an_engine_killed_in_the_middle_of_a_generation(tmp_path, alone):
-    told = train(tmp_path / "x", 2, "die once")
-    assert (tmp_path / "x/died").exists() and "died" in told["told"]
-    assert {name: told[name] for name in alone} == alone
+def test_the_number_of_engines_does_not_show(two, alone):
+    assert {name: two[name] for name in alone} == alone
+    assert two["model"].startswith("({'by': 'a test'}") and two["memory"].ratio is not None
 
 
 class Killer(Targets):
@@ -142,11 +146,16 @@ def test_an_engine_killed_twice_replays_and_rejoins(tmp_path, alone):
 
 
 def test_the_only_engine_killed(tmp_path, alone):
+    """In the middle of a generation, by its own hand."""
     told = train(tmp_path / "x", 1, "die once")
+    assert (tmp_path / "x/died").exists() and "engine 0 died" in told["told"]
     assert {name: told[name] for name in alone} == alone
 
 
-def test_engines_that_die_again_and_again_end_the_run_which_goes_on_later(tmp_path, alone):
+def test_engines_that_die_again_and_again_end_the_run_which_goes_on_later(
+    tmp_path, alone, monkeypatch
+):
+    monkeypatch.setattr("esfast.launch.ray.MOST_DEATHS", 2)
     with pytest.raises(StateError, match=r"no engine is left.*--resume"):
         train(tmp_path / "x", 1, "die always")
     assert len(read_journal(tmp_path / "x/run").generations) == 2
@@ -160,34 +169,30 @@ def test_engines_that_are_apart_stop_the_run_by_name(tmp_path):
 
 
 def test_what_an_engine_refuses_ends_the_run_with_its_words(tmp_path):
-    with pytest.raises(DataError, match=r"engine [01]: prompt 3 is no prompt\."):
-        train(tmp_path / "x", 2, "refuse")
+    with pytest.raises(DataError, match=r"engine 0: prompt 3 is no prompt\."):
+        train(tmp_path / "x", 1, "refuse")
 
 
-def test_bytes_do_not_depend_on_the_model(tmp_path):
+def test_bytes_do_not_depend_on_the_model(tmp_path, two):
     """A model of 32 bytes and one of 3.2 MB; what differs is digits of seconds and peaks."""
-    small, large = (train(tmp_path / str(n), 2, size=n) for n in (8, 800_000))
-    assert abs(small["bytes"] - large["bytes"]) < 4000 and large["bytes"] < 60_000
+    large = train(tmp_path / "x", 2, size=800_000)
+    assert abs(two["bytes"] - large["bytes"]) < 4000 and large["bytes"] < 60_000
 
 
 def test_snapshots_and_a_resume_with_another_number_of_engines(tmp_path, alone):
-    train(tmp_path / "x", 2, generations=3, snapshot_every=2)
-    assert [p.name for p in (tmp_path / "x/run/snapshots").iterdir()] == [
-        "generation-000002.safetensors"
-    ]
-    told = train(tmp_path / "x", 1, resume=True)
-    assert {name: told[name] for name in alone} == alone
-    assert "passed over" not in told["told"]
-
-
-def test_a_snapshot_that_is_damaged_is_passed_over(tmp_path, alone):
-    train(tmp_path / "x", 1, generations=3, snapshot_every=2)
-    (path,) = (tmp_path / "x/run/snapshots").iterdir()
+    """From a snapshot, and from one that is damaged."""
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    train(whole, 2, generations=3, snapshot_every=2)
+    (path,) = (whole / "run/snapshots").iterdir()
+    assert path.name == "generation-000002.safetensors"
+    shutil.copytree(whole, damaged)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    path.write_bytes(bytes(data))
-    told = train(tmp_path / "x", 2, resume=True)
-    assert {name: told[name] for name in alone} == alone and "passed over" in told["told"]
+    (damaged / path.relative_to(whole)).write_bytes(bytes(data))
+    for folder in (whole, damaged):
+        told = train(folder, 1, resume=True)
+        assert {name: told[name] for name in alone} == alone
+        assert ("passed over" in told["told"]) == (folder == damaged)
 
 
 DRIVER = """
@@ -249,3 +254,57 @@ def test_the_command_gives_the_model_of_one_process(vowels, here):  # noqa: F811
 
 def rewards_of(folder: str) -> list[list[float]]:
     return [record.rewards.tolist() for record in read_journal(folder).generations]
+
+
+class Letters(Targets):
+    """Rewards different characters; kills the process of engine 1 in generation 1, if asked to."""
+
+    def __init__(self, kill: bool) -> None:
+        self.kill, self.scored, self.fleet = kill, 0, None
+
+    def train_batch(self, seed, generation, count):
+        return [Example(f"{generation}-{n}", f"Say {generation} and {n}.") for n in range(count)]
+
+    def held_out(self, count):
+        return [Example(f"held-{n}", f"Say {n}.") for n in range(min(count, 2))]
+
+    def score(self, example, completion):
+        return Score(float(len(set(completion))))
+
+    def score_later(self, examples, completions):
+        self.scored += 1
+        if self.kill and self.scored == 1 + 4 + 1:
+            os.kill(self.fleet.seats[1].pid, signal.SIGKILL)
+        return super().score_later(examples, completions)
+
+
+def train_vllm(folder: Path, model: Path, engines: int, kill: bool) -> dict:
+    flags = [
+        *("train", "--engine", "vllm", "--model", str(model), "--launcher", "ray"),
+        *("--engines", str(engines), "--threads", "1", "--max-new-tokens", "6"),
+        *("--population-size", "4", "--prompts", "3", "--generations", "3", "--sigma", "0.02"),
+        *("--alpha", "0.02", "--checksum-every", "1", "--eval-every", "3"),
+    ]
+    flags += [f"--engine-option={name}={json.dumps(value)}" for name, value in OPTIONS.items()]
+    args, task = cli.build_parser().parse_args(flags), Letters(kill)
+    opened = open_fleet(args, folder / "run/journal.esj")
+    task.fleet = opened.engine
+    with closing(opened.engine):
+        folder.mkdir()
+        run_folder = RunFolder(folder / "run", {"made": {}})
+        trainer = Trainer(
+            opened.engine, task, config_of(args, strategy_of(args), task), run_folder,
+            save_model=lambda path: opened.save(path, {}),
+        )  # fmt: skip
+        trainer.progress.console = Console(file=io.StringIO(), width=200)
+        trainer.run()
+        return {"checksum": trainer.es.weights.checksum(), "rewards": rewards(folder)}
+
+
+def test_vllm_engines_of_which_one_is_killed(tmp_path):
+    pytest.importorskip("vllm")
+    model = save_tiny(tmp_path / "model")
+    one = train_vllm(tmp_path / "one", model, 1, kill=False)
+    assert train_vllm(tmp_path / "two", model, 2, kill=True) == one
+    saved = [(tmp_path / f"{n}/run/model/model.safetensors").read_bytes() for n in ("one", "two")]
+    assert saved[0] == saved[1] != (model / "model.safetensors").read_bytes()
