@@ -23,6 +23,8 @@ from esfast.provenance import one_line
 
 COLOURS = ("#27465f", "#c4572e", "#5a8f69", "#8d6cab", "#b8902f", "#4f9fb5", "#7a7a7a")
 GREY = "#999999"
+LEGEND = 0.28  # of the height, above the bars
+FAR_APART = 15  # norms of which a linear axis shows the smaller as 0
 DIRECTIONS = ("KL(base || tuned)", "KL(tuned || base)")
 Panel = Callable[[Any], None]
 
@@ -49,19 +51,26 @@ def draw(folder: Path, found: Row) -> list[Path]:
 
 
 def _norm(axes: Any, found: Row) -> None:
+    ends = [_last(subject)["whole"]["norm"] for subject in found["subjects"]]
+    far_apart = 0 < FAR_APART * min(ends) < max(ends)
     for colour, subject in zip(_colours(found), found["subjects"], strict=False):
         norms = [record["whole"]["norm"] for record in subject["drift"]]
-        generations = [record["generation"] for record in subject["drift"]]
         if subject["kind"] == "checkpoint":
             axes.axhline(norms[0], color=colour, label=f"{subject['name']} (checkpoint)")
             continue
+        generations = [record["generation"] for record in subject["drift"]]
         axes.plot(generations, norms, color=colour, marker="o", label=subject["name"])
-        law = (subject["noise_norms"] or [])[: (generations[-1] or 0) + 1]
-        axes.plot(range(len(law)), law, color=colour, linestyle=":", linewidth=1.2)
+        law = (subject["noise_norms"] or [])[: generations[-1] + 1]
+        first = 1 if far_apart else 0  # a logarithmic axis has no 0
+        at = range(first, len(law))
+        axes.plot(at, law[first:], color=colour, linestyle=":", linewidth=1.2)
     if any(subject["noise_norms"] for subject in found["subjects"]):
         axes.plot([], [], color=GREY, linestyle=":", label="law: its steps as independent noise")
     axes.set(title="Norm of the change", xlabel="generation", ylabel="‖tuned − base‖₂")
-    axes.set_ylim(bottom=0)
+    if far_apart:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -78,8 +87,9 @@ def _heat(axes: Any, found: Row, subject: Row, value: Callable[[Row], float | No
     groups = [group for group in found["groups"] if group in record["groups"]]
     shown = value or partial(sparsity, found)
     rows = [[_or_nan(cells.get((layer, g)), shown) for g in groups] for layer in layers]
-    limits = {"vmin": 0.0, "vmax": 1.0} if value is None else {"vmin": 0.0, "vmax": _top(found)}
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+    top = 1.0 if value is None else _top(found, subject)
+    style = {"aspect": "auto", "cmap": "viridis", "interpolation": "nearest"}
+    image = axes.imshow(rows, vmin=0.0, vmax=top, **style)
     axes.figure.colorbar(image, ax=axes)
     step = max(1, len(layers) // 10)
     ticks = [n for n, layer in enumerate(layers) if layer is None or n % step == 0]
@@ -93,15 +103,16 @@ def _heat(axes: Any, found: Row, subject: Row, value: Callable[[Row], float | No
     axes.set(title=f"{_short(subject['name'])}: {what}{_at(record)}", ylabel="layer")
 
 
-def _top(found: Row) -> float:
-    """One colour scale for all subjects where the largest is less than ten times the smallest, so
-    that an equal colour is an equal change; else a scale each."""
-    tops = [
-        max((c["rms"] or 0.0) for c in s["drift"][-1]["cells"])
-        for s in found["subjects"]
-        if s["drift"]
-    ]
-    return max(tops) if max(tops) < 10 * min(tops) else math.nan
+def _top(found: Row, subject: Row) -> float:
+    """The end of the colour scale: one for all subjects where they are within a factor of ten, so
+    that an equal colour is an equal change; else the subject's own."""
+    tops = {s["name"]: _largest_rms(s) for s in found["subjects"] if s["drift"]}
+    highest = max(tops.values())
+    return (highest if highest < 10 * min(tops.values()) else tops[subject["name"]]) or 1.0
+
+
+def _largest_rms(subject: Row) -> float:
+    return max(cell["rms"] or 0.0 for cell in subject["drift"][-1]["cells"])
 
 
 def _or_nan(cell: Row | None, value: Callable[[Row], float | None]) -> float:
@@ -120,7 +131,8 @@ def _bars(axes: Any, found: Row, ulps: bool) -> None:
         series.append([_or_nan(change, partial(value, found)) for change in changes])
     names = [s["name"] for s in found["subjects"]]
     _clusters(axes, ["all", *groups], names, series, _colours(found))
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.0 + LEGEND)
+    axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     title = "Change of at most one unit in the last place" if ulps else "Sparsity, |Δ| < 1e-6"
     axes.set(title=title, ylabel="share of elements")
 
@@ -150,7 +162,7 @@ def _clusters(
         )
     shown = [tick.replace("attention_", "attn.\n") for tick in ticks]
     axes.set_xticks(range(len(ticks)), shown, fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
 
 
 def _energy(axes: Any, found: Row) -> None:
@@ -198,7 +210,20 @@ def _kl(axes: Any, there: list[tuple[str, list[Row]]], direction: str, norm: str
     _clusters(axes, ticks, [name for name, _ in there], series, COLOURS, spans)
     what = "" if norm == OWN else ", changes of one length"
     axes.set(title=f"{direction}{what}", ylabel="nats a token, 95 % over prompts")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, _highest(series, spans) * (1 + LEGEND))
+
+
+def _highest(
+    series: Sequence[Sequence[float]], spans: Sequence[Sequence[tuple[float, float]]]
+) -> float:
+    """The top of the longest bar with its interval; 1 where there is none."""
+    tops = [
+        value + above
+        for values, pairs in zip(series, spans, strict=True)
+        for value, (_, above) in zip(values, pairs, strict=True)
+        if not math.isnan(value)
+    ]
+    return max(tops, default=0.0) or 1.0
 
 
 def _span(estimate: Row | None) -> tuple[float, float]:
@@ -226,7 +251,7 @@ def _scores(axes: Any, there: list[tuple[str, list[Row]]]) -> None:
     colours = (GREY, *COLOURS)
     _clusters(axes, ticks, [name for name, _ in there], series, colours, spans)
     axes.set(title="Score, changes of one length", ylabel="score, 95 % over prompts")
-    axes.set_ylim(bottom=0, top=None if any(map(any, series)) else 1)
+    axes.set_ylim(0, _highest(series, spans) * (1 + LEGEND))
 
 
 def _colours(found: Row) -> list[str]:

@@ -15,8 +15,8 @@ Answers are sampled at temperature 1 from the whole vocabulary and end at an end
 
 and three means of each, in nats: a token (all tokens weigh the same), a token averaged prompt by
 prompt (all prompts do), and a whole answer. arXiv 2605.30148 reports KL(base || tuned).
-Logits are taken in the models' dtype and summed in fp64. Give fp32 models: in bfloat16 the logits'
-rounding alone (2^-8 of their size) looks like a divergence of about 1e-3 nats a token.
+Logits are taken in the models' dtype and summed in fp64. Give fp32 models: a model computed in
+bfloat16 diverges from itself in fp32 by 1.1e-3 nats a token (SmolLM2-135M).
 """
 
 from __future__ import annotations
