@@ -12,6 +12,7 @@ import torch
 from tiny_models import byte_tokenizer, llama
 
 from esfast import AnchoredDecay, EvolutionStrategy, cli
+from esfast.diagnosis.plots import draw
 from esfast.diagnosis.records import EQUAL, models
 from esfast.forgetting.drift import CheckpointTensors, drift
 from esfast.forgetting.subjects import Base, Checkpoint, Run, names_of, open_subject
@@ -267,3 +268,37 @@ def test_a_run_without_a_journal_is_the_model_that_it_left(here, tmp_path):
     (tmp_path / "grpo" / "config.json").write_text("{}")
     subject = open_subject(str(tmp_path / "grpo"), "grpo")
     assert isinstance(subject, Checkpoint) and set(subject.tensors) > {"model.norm.weight"}
+
+
+def test_a_journal_alone_has_drift_and_says_why_no_kl(here, tmp_path, capsys):
+    (tmp_path / "j.esj").write_bytes((here / "es" / "journal.esj").read_bytes())
+    places = ["--base", here / "base", "--output", tmp_path / "out", "--no-plots"]
+    assert command(tmp_path / "j.esj", *places) == 0
+    data = found(tmp_path / "out")
+    assert data["subjects"][0]["drift"][0]["whole"]["norm"] > 0
+    assert data["samples"] is None and data["subjects"][0]["kl"] == []
+    assert "no task is known" in data["notes"][0]
+    assert "no task is known" in capsys.readouterr().out
+    law, measured = data["subjects"][0]["noise_norms"], data["subjects"][0]["drift"][0]["whole"]
+    assert law[0] == 0 and measured["norm"] == pytest.approx(law[GENERATIONS], rel=0.05)
+
+
+def test_heat_maps_keep_their_scales(whole, tmp_path, monkeypatch):
+    """Colour bars have numbers; changes far apart get a scale each, near ones share it."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    data = found(whole)
+    draw(tmp_path, data)
+    near = figures[1]
+    assert [axes.axison for axes in near.axes] == [True] * 4
+    assert len({axes.images[0].get_clim() for axes in near.axes[:2]}) == 1
+    for cell in data["subjects"][1]["drift"][-1]["cells"]:
+        cell["rms"] /= 50
+    data["subjects"][1]["drift"][-1]["whole"]["norm"] /= 50
+    figures.clear()
+    draw(tmp_path, data)
+    ends = [axes.images[0].get_clim()[1] for axes in figures[1].axes[:2]]
+    assert ends[0] > 10 * ends[1] > 0
+    assert figures[0].axes[0].get_yscale() == "log"
