@@ -8,10 +8,7 @@ serves most tests.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from esfast import (
     keep_journal,
     read_journal,
 )
+from esfast.cli import main
 from esfast.engines.base import Engine, Sampling
 from esfast.engines.transformers import TransformersEngine
 from esfast.journal import Journal
@@ -349,41 +347,34 @@ def test_workers_in_processes_of_their_own(
 # --- esfast train -----------------------------------------------------------------------------
 
 
-def command(folder: Path, *flags: str) -> list[str]:
-    options = (f"--engine-option={n}" for n in ("max_model_len=512", "enforce_eager=true"))
-    return [sys.executable, "-m", "esfast", "train", "--engine", "vllm", *options, "--model",
-            str(folder), "--threads", "1", "--no-plots", *flags]  # fmt: skip
-
-
 @pytest.fixture
-def in_folder(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A current folder with prompts and a reward of its own."""
     rows = [json.dumps({"prompt": f"Say number {n}"}) for n in range(12)]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
     (tmp_path / "letters.py").write_text(
         "def reward(example, completion):\n    return sum(map(ord, completion)) % 97 / 97\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
-    environment = {**os.environ, "PYTHONPATH": path}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
-    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True,
-                              text=True, timeout=300)  # fmt: skip
 
-    return run
+def command(folder: Path, *flags: str) -> list[str]:
+    options = [f"--engine-option={n}={v}" for n, v in
+               (("max_model_len", 512), ("enforce_eager", "true"))]  # fmt: skip
+    return ["train", "--engine", "vllm", *options, "--model", str(folder), "--threads", "1",
+            "--no-plots", *flags]  # fmt: skip
 
 
 def test_a_run_resumes_and_replays_in_the_other_engine(
-    folder: Path, in_folder: Any, tmp_path: Path
+    folder: Path, at_work: None, tmp_path: Path
 ) -> None:
     flags = ["--reward", "letters:reward", "--data", "p.jsonl", "--population-size", "4",
              "--prompts", "3", "--max-new-tokens", "6", "--eval-size", "2", "--output", "run",
              "--weight-decay-type", "l2", "--checksum-every", "1",
              "--snapshot-every", "2"]  # fmt: skip
-    done = in_folder(command(folder, *flags, "--generations", "2"))
-    assert done.returncode == 0, done.stderr
-    resume = [sys.executable, "-m", "esfast", "train", "--resume", "run", "--generations", "4"]
-    done = in_folder(resume)
-    assert done.returncode == 0, done.stderr
+    assert main(command(folder, *flags, "--generations", "2")) == 0
+    assert main(["train", "--resume", "run", "--generations", "4"]) == 0
     journal = read_journal(tmp_path / "run")
     assert len(journal.generations) == 4
     es = strategy_of(journal, load_model(folder).model, folder)
@@ -393,11 +384,12 @@ def test_a_run_resumes_and_replays_in_the_other_engine(
     assert summary["status"] == "finished" and summary["peak_over_inference"] is not None
 
 
-def test_the_command_refuses_in_a_paragraph(folder: Path, in_folder: Any) -> None:
-    wrong = command(folder, "--engine-option", "no_such_argument=1", "--generations", "1")
-    done = in_folder(wrong)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "no_such_argument" in done.stderr and "vLLM does not start" in done.stderr
+def test_the_command_refuses_in_a_paragraph(
+    folder: Path, at_work: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder, "--engine-option", "no_such=1", "--generations", "1")) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "no_such" in said and "vLLM does not start" in said
 
 
 # --- a real model -----------------------------------------------------------------------------

@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
+from esfast.engines.vllm_plugin import empties
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError
 from esfast.members import generation_seed
 
 LONGEST_WAIT = timedelta(minutes=30)  # for an engine whose members take longer
-_CACHES: WeakSet[Any] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,12 @@ class DropIn:
         self._updates: list[_Update] = []  # since the engines last agreed
         self._done = 0
         self._group: _Group | None = None
-        self._uses_prefixes = bool(worker.vllm_config.cache_config.enable_prefix_caching)
+        if not empties(worker):
+            raise StateError(
+                "vLLM's prefix cache is on and lies in another process, where nothing empties it "
+                "after an edit; answers would mix two sets of weights. Install esfast with pip, so "
+                "that vLLM finds its plugin, or start vLLM with enable_prefix_caching=False."
+            )
         shard.open("lean", False, None)
         self._base = shard.checksum()
         run = worker.model_runner.execute_model
@@ -74,7 +78,6 @@ class DropIn:
 
     def perturb(self, seed: int, scale: float) -> None:
         """Adds scale * noise(seed), a negative scale too; undoes the opposite one."""
-        self._forget_prefixes()
         one = (int(seed) % 2**64, float(scale))
         opposite = (one[0], -one[1])
         if opposite in self._added:
@@ -85,7 +88,6 @@ class DropIn:
 
     def restore(self, seed: int, sigma: float) -> None:
         """Takes off what `perturb` added with this seed and scale, of either sign."""
-        self._forget_prefixes()
         one = (int(seed) % 2**64, float(sigma))
         there = [at for at in (one, (one[0], -one[1])) if at in self._added]
         if there:
@@ -106,7 +108,6 @@ class DropIn:
             raise ConfigError(
                 f"{len(seeds)} seeds and {len(coefficients)} coefficients; give one a seed."
             )
-        self._forget_prefixes()
         self._keep_all()
         whole = tuple(int(seed) % 2**64 for seed in seeds)
         scaled = tuple(scale * float(coefficient) for coefficient in coefficients)
@@ -125,7 +126,6 @@ class DropIn:
 
     def load(self, path: str) -> None:
         """The weights of a file; nothing is added to them."""
-        self._forget_prefixes()
         self._shard.load(str(Path(path).expanduser()))
         self._added, self._live, self._updates = [], None, []
         self._base = self._shard.checksum()
@@ -143,7 +143,6 @@ class DropIn:
 
     def agree(self, source: int) -> None:
         """Ends with the weights of engine `source` everywhere; see `WorkerExtension`."""
-        self._forget_prefixes()
         self._keep_all()
         if self._group is None:
             return
@@ -218,20 +217,6 @@ class DropIn:
         self._updates.append(update)
         self._done = update.number + 1
 
-    def _forget_prefixes(self) -> None:
-        """What vLLM has cached of prompts was computed with other weights."""
-        if not self._uses_prefixes:
-            return
-        caches = list(_CACHES)
-        if not caches:
-            raise StateError(
-                "vLLM's prefix cache is on and lies in another process, where this worker cannot "
-                "empty it after an edit; answers would mix two sets of weights. Start the engine "
-                "with enable_prefix_caching=False, or use esfast's VLLMEngine."
-            )
-        for cache in caches:
-            cache.reset_prefix_cache()
-
 
 class _Group:
     """The same worker of every engine, over a store of torch: each says something, all hear it."""
@@ -274,19 +259,3 @@ class _Group:
         if self._rank == 0:
             self._store.wait([f"{self._round}/read/{n}" for n in range(self._size)], LONGEST_WAIT)
         self._round += 1
-
-
-def watch_prefix_caches() -> None:
-    """From now on the prefix caches that are made in this process are known; once."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-
-    made = KVCacheManager.__init__
-    if getattr(made, "watched", False):
-        return
-
-    def make(self: Any, *arguments: Any, **options: Any) -> None:
-        made(self, *arguments, **options)
-        _CACHES.add(self)
-
-    make.watched = True  # type: ignore[attr-defined]
-    KVCacheManager.__init__ = make

@@ -178,7 +178,8 @@ class Shard:
     def save(self, path: str) -> None:
         """The live weights as one safetensors file of canonical tensors, which appears whole."""
         self.restore()
-        write_canonical(Path(path), self.kept.segments, self.kept.folder, self.rank, _barrier)
+        wait = _barrier if self.size > 1 else lambda: None
+        write_canonical(Path(path), self.kept.segments, self.kept.folder, self.rank, wait)
 
     def load(self, path: str) -> None:
         """Takes the weights of such a file, or of a Hugging Face folder, to edit from there."""

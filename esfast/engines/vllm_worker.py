@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from esfast.engines.vllm_derived import keep_weights
-from esfast.engines.vllm_drop_in import DropIn, watch_prefix_caches
+from esfast.engines.vllm_drop_in import DropIn
+from esfast.engines.vllm_plugin import empty_after_edits
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import EsfastError
 
 keep_weights()
-watch_prefix_caches()
+empty_after_edits()
 
 CALLS = frozenset(
     (
