@@ -70,8 +70,9 @@ class Clock:
 
     def outside_share(self, names: tuple[str, ...] = LOOP) -> float:
         """The share of the time of `names` that was neither generation nor scoring; 0 to 1."""
-        total = sum(self.seconds[name] for name in names)
-        inside = sum(self.seconds[name] for name in names if name in INSIDE)
+        spent = {name: self.seconds.get(name, 0.0) for name in names}
+        total = sum(spent.values())
+        inside = sum(spent[name] for name in names if name in INSIDE)
         return 1.0 - inside / total if total > 0 else 0.0
 
 
