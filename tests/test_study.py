@@ -17,6 +17,7 @@ sys.path.insert(0, str(STUDY))
 
 import study_rows  # noqa: E402
 import study_runs  # noqa: E402
+import study_summary  # noqa: E402
 from prior_rewards import fluent  # noqa: E402
 from study_figures import Drawing  # noqa: E402
 from study_table import CPU, PRIOR_TASKS, ROOT, SCALES, SEEDS, Arm, short_name  # noqa: E402
@@ -274,6 +275,15 @@ def test_pictures_are_drawn_of_rows_alone(tmp_path, monkeypatch):
         "target", "prior", "outcome", "change", "kl", "score_against_norm", "lambda",
     }  # fmt: skip
     assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_tables_say_mean_interval_and_paired_difference():
+    rows = [row("ES, N 16", s, target_after=0.5 + s / 10, norm=2.0) for s in SEEDS]
+    rows += [row("GRPO", s, target_after=0.4 + s / 10, norm=1.0) for s in SEEDS]
+    curves = [{**row("GRPO", 1), "task": "capitals", "generation": 0, "score": 0.5}]
+    text = study_summary.markdown(rows, curves, [])
+    assert "| GRPO | -0.1 [-0.1, -0.1] | -1 [-1, -1] |" in text
+    assert "| ES, N 16 | 3 | 0.7 [0.452, 0.948] | 2 [2, 2] |" in text
 
 
 def test_an_arm_is_frozen():

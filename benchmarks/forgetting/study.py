@@ -8,8 +8,9 @@
 Runs the table of study_table.py in a work folder (a run that is finished is skipped, one that was
 begun goes on), then writes into benchmarks/results/forgetting/SCALE/: runs.csv (a row a run),
 curves.csv (a row a run, task and evaluation), drift.csv (the change by generation beside what the
-law gives), controls.csv (scores of changes brought to one length), summary.csv (means over seeds
-with intervals), study.json (how it was made), pictures, and report.html through `esfast report`.
+law gives), controls.csv (scores of changes brought to one length), summary.csv and summary.md
+(means over seeds with intervals), study.json (how it was made), pictures, and report.html through
+`esfast report`.
 The tuned model of an ES run is removed once the run is finished: its journal is the model (`esfast
 replay`).
 
@@ -42,6 +43,7 @@ from study_rows import (
     write_csv,
 )
 from study_runs import DIAGNOSED, Runner, Work, control_step, process
+from study_summary import markdown, write_markdown
 from study_table import ROOT, SCALES, Scale, StudyRun
 
 from esfast.errors import ConfigError, EsfastError
@@ -153,9 +155,11 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
     write_csv(output / "curves.csv", curves)
     drift = [row for run in finished_runs(scale, work) for row in drift_rows(run, work)]
     write_csv(output / "drift.csv", drift)
-    if (work.controls / DIAGNOSED).exists():
-        write_csv(output / "controls.csv", control_rows(work.controls / DIAGNOSED))
+    diagnosed = work.controls / DIAGNOSED
+    controls = control_rows(diagnosed) if diagnosed.exists() else []
+    write_csv(output / "controls.csv", controls)
     write_csv(output / "summary.csv", summarise([row for row in rows if row["main"]]))
+    write_markdown(output / "summary.md", markdown(rows, curves, controls))
     _write_json(output / "study.json", made)
     drawn = Drawing(rows, curves, one_line(made)).draw(output)
     print(f"study: {len(rows)} runs, {len(columns(rows))} columns, {len(drawn)} pictures: {output}")
