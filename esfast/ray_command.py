@@ -77,7 +77,9 @@ def _arguments(args: argparse.Namespace, share: Share) -> dict[str, Any]:
     for name in ("model", "anchor_model"):
         if sent[name] is not None and Path(sent[name]).exists():
             sent[name] = str(Path(sent[name]).absolute())
-    if not share.gpus:
+    if share.gpus:
+        sent["device"] = "cuda"  # an actor sees no other GPUs than its own
+    else:
         sent["threads"] = int(share.environment["OMP_NUM_THREADS"])
     if not any(text.startswith(f"{EXECUTOR}=") for text in args.engine_option):
         executor = "uni" if args.tensor_parallel_size == 1 else "mp"

@@ -103,7 +103,7 @@ class Stage:
         self.started += 1
         return Actor(kind, self.rng, self.risk)
 
-    def wait(self, replies):
+    def wait(self, replies, timeout=None):
         one = self.rng.choice(list(replies))
         one.actor.run_until(one)
         return [one], [other for other in replies if other is not one]

@@ -25,6 +25,7 @@ from esfast.launch.ray_cluster import Cluster, Share
 from esfast.launch.ray_weights import RayWeights
 from esfast.measure import GENERATION, PERTURB
 
+LONG_START = 120.0  # seconds; then a wait for engines is told
 MOST_DEATHS = 3
 """Of one engine within a generation: then it is given up."""
 
@@ -164,7 +165,14 @@ class RayFleet:
 
     def _wait_for_all(self) -> None:
         while joining := self._joining():
-            self._next(joining)
+            there, _ = self._cluster.ray.wait(list(joining), timeout=LONG_START)
+            if there:
+                self._joined(joining[there[0]])
+            else:
+                self.note(
+                    f"waiting for {len(joining)} of {len(self.seats)} engines: loading, or what "
+                    "they need of the cluster is in use (ray status shows it)."
+                )
 
     def _next(self, flights: Mapping[Any, Any]) -> Any:
         """Waits until one of the replies is there; takes in engines that join meanwhile, and
