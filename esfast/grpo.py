@@ -14,6 +14,7 @@ a run goes on from TRL's checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ import torch
 from esfast.cost import Account
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.transformers import TransformersEngine
-from esfast.errors import ConfigError
+from esfast.errors import ConfigError, EsfastError
 from esfast.held_out import HeldOut, samples
 from esfast.interrupts import Interrupts
 from esfast.loggers import Logger
@@ -52,8 +53,7 @@ from esfast.tasks.base import Example, Score, Task
 from esfast.train import SAMPLES_SHOWN, Memory, TrainResult
 
 CHECKPOINTS = "checkpoints"
-BESIDE = 3
-"""Copies of the weights beside them: gradients, and AdamW's two moments."""
+BESIDE = 3  # copies of the weights beside them: gradients, and AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,8 @@ class GrpoRun:
         self._before = self._evaluate(0)
         self._take_up()
         self.prior.keep_in(self.folder.path / PRIOR, self.generation)
-        self.progress.note(
-            f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
-        )
+        count = len(self._held_out)
+        self.progress.note(f"held-out before: {self._before.text()} ({count} prompts)")
         self._evaluate_prior(0)
         prompts = [example.prompt for example in self.batch(0)] * self.config.group_size
         self._generate(prompts, self._sampling(0))
@@ -199,8 +198,7 @@ class GrpoRun:
 
     def _tell_memory(self) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
-        copies = BESIDE + (self.config.beta > 0)
-        needed = copies * weights
+        needed = (BESIDE + (self.config.beta > 0)) * weights
         mend = "Choose a smaller model, or --dtype bfloat16."
         require_memory(needed, "gradients and optimiser", mend)
         self.progress.note(
@@ -244,8 +242,15 @@ class GrpoRun:
         return [score.value for score in self._scores]
 
     def stepped(self, generation: int, numbers: Mapping[str, float]) -> None:
-        """The optimiser has made generation `generation` (from 1); `numbers` are TRL's."""
+        """The optimiser has made generation `generation` (from 1); `numbers` are TRL's. Raises
+        EsfastError where one is infinite or none at all: the weights are lost then."""
         self.clock.lap(OPTIMISATION)
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise EsfastError(
+                    f"{name} was {value} at generation {generation}: the optimiser has diverged, "
+                    "and no model is saved. Lower --learning-rate."
+                )
         self.generation = generation
         report = self._report(generation)
         due = generation == self.config.generations or generation % self.config.eval_every == 0
@@ -284,7 +289,6 @@ class GrpoRun:
     def _report(self, generation: int) -> GenerationReport:
         values = np.array([score.value for score in self._scores], dtype=np.float64)
         rewards = values.reshape(-1, self.config.group_size)
-        seconds = sum(self.clock.seconds.values()) - self._began
         return GenerationReport(
             generation=generation,
             reward_mean=float(rewards.mean()),
@@ -292,7 +296,7 @@ class GrpoRun:
             reward_best=float(rewards.max(axis=1).mean()),
             failed_rewards=sum(score.failed for score in self._scores),
             tokens_per_second=self._tokens / max(self._generating, 1e-9),
-            seconds=seconds,
+            seconds=sum(self.clock.seconds.values()) - self._began,
             outside_share=self.clock.outside_share(),
             saturated=0,
         )

@@ -191,16 +191,20 @@ def _watch(run: GrpoRun) -> Any:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without the libraries' progress bars and warnings, such as TRL's that `rollout_func` is
-    experimental."""
+    experimental, and without TRL's report of every run to the hub."""
+    from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 
     library: Any = transformers_logging
     bars = library.is_progress_bar_enabled()
     library.disable_progress_bar()
+    told = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = told
         if bars:
             library.enable_progress_bar()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from esfast import ConfigError, StrategyConfig, cli
+from esfast import ConfigError, EsfastError, StrategyConfig, cli
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.cost import Account, Tokens
 from esfast.engines.base import Sampling
@@ -210,6 +210,26 @@ def test_a_learning_rate_of_zero_leaves_every_bit(tmp_path):
     run = make_run(tmp_path / "run", generations=1, learning_rate=0.0)
     run.run()
     assert same(weights_in(tmp_path / "run"), tiny_models.llama().state_dict())
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(tmp_path):
+    run = make_run(tmp_path / "run", learning_rate=1e30)
+    with pytest.raises(EsfastError, match="Lower --learning-rate"):
+        run.run()
+    assert not (tmp_path / "run" / "model").exists()
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "failed"
+
+
+def test_nothing_is_told_to_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _telemetry
+
+    told: list[str] = []
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: told.append("told"))
+    monkeypatch.delenv("CI", raising=False)
+    make_run(tmp_path / "run", generations=1, learning_rate=0.0).run()
+    assert told == [] and constants.HF_HUB_DISABLE_TELEMETRY is False
 
 
 def test_a_reward_that_raises_costs_its_example_only(tmp_path, seen):
