@@ -47,10 +47,12 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16")
 TUNED = (
-    "learning rate, group size and prompts a generation: by short runs of SmolLM2-135M-Instruct "
-    "on the arithmetic task (docs/forgetting.md); another model or task needs its own"
+    "the default learning rate, by short runs of SmolLM2-135M-Instruct on the arithmetic task "
+    "(docs/forgetting.md); another model or task needs its own"
 )
-NOT_TUNED = "all else: TRL's defaults and what `fixed` says"
+NOT_TUNED = (
+    "group size, prompts a generation, beta, epsilon, temperature; all else is TRL's default"
+)
 
 
 def add_grpo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +215,7 @@ def _said(args: argparse.Namespace, run: GrpoRun) -> list[str]:
         f"a generation: {config.prompts} prompts x {config.group_size} completions, {steps}; "
         f"beta {config.beta:g}, epsilon {config.epsilon:g}, temperature "
         f"{config.sampling.temperature:g}",
-        f"tuned: {TUNED}; not tuned: {NOT_TUNED} (config.json)",
+        f"tuned: {TUNED}; not tuned: {NOT_TUNED} or as config.json says",
     ]
 
 
