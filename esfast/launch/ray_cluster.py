@@ -71,6 +71,9 @@ class Cluster:
 def _ray() -> Any:
     try:
         import ray
+
+        if ray.__file__ is None:  # a folder named ray on the path, which hides that it is missing
+            raise ImportError(f"'ray' is the folder {list(ray.__path__)[0]}")
     except ImportError as error:
         raise ConfigError(
             f"--launcher ray needs the ray package ({error}); pip install ray, or leave the flag "
