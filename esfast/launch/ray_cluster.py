@@ -73,7 +73,7 @@ def _ray() -> Any:
         import ray
 
         if ray.__file__ is None:  # a folder named ray on the path, which hides that it is missing
-            raise ImportError(f"'ray' is the folder {list(ray.__path__)[0]}")
+            raise ImportError(f"'ray' is the folder {next(iter(ray.__path__))}")
     except ImportError as error:
         raise ConfigError(
             f"--launcher ray needs the ray package ({error}); pip install ray, or leave the flag "
