@@ -22,7 +22,7 @@ from typing import Any
 
 from esfast import measure
 from esfast.cost import Account
-from esfast.engines.base import Engine
+from esfast.engines.base import Engine, Measured
 from esfast.engines.fleet import Fleet
 from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
@@ -145,7 +145,7 @@ class Trainer:
         self._greedy = replace(config.sampling, temperature=0.0)
         self._before: HeldOut | None = None
         self._after: HeldOut | None = None
-        self._peaks = engine if isinstance(engine, Fleet) else measure
+        self._peaks = engine if isinstance(engine, Measured) else measure
         if isinstance(engine, Fleet):
             engine.note = lambda text: self.progress.note(text)
         self._inference_peak: int | None = None

@@ -224,6 +224,24 @@ def test_what_is_derived_is_made_again_in_its_place(engine: Any, weights: Any) -
     assert {name.rpartition(".")[2] for name in derived} >= {*linear, "lm_head"}
 
 
+def test_experts_are_edited_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM fuses and packs them; a prompt uses few, so they are tried a layer at once. (In processes
+    of their own, where vLLM makes the groups that experts need.)"""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    folder = save_tiny(tmp_path / "mixtral", kind="Mixtral", num_local_experts=4)
+    engine = start(folder)
+    try:
+        live = engine.live_weights()
+        assert live.checksum() == checksum_of(folder)
+        names = {spec.name for spec in live.specs()}
+        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in names
+        assert engine.reach(all_of_them=True) == 2 + 1 + 2 * (4 + 1 + 3 + 2)
+        live.update([Member(1)], [0.05])
+        assert checksum_of(engine.save(tmp_path / "saved")) == live.checksum()
+    finally:
+        engine.close()
+
+
 def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
     engine = start(folder)
@@ -326,10 +344,12 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
 def test_workers_in_processes_of_their_own(
     folder: Path, run: tuple[Journal, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Two of them, which share the model."""
     journal, ended = run
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    engine = start(folder)
+    engine = start(folder, tensor_parallel_size=2)
     try:
+        assert engine.reset_peak() and engine.peak_bytes() > 10**8
         es = EvolutionStrategy(engine.live_weights("lean", folder), CONFIG)
         before = told(engine)
         for _ in es.population():
@@ -338,6 +358,15 @@ def test_workers_in_processes_of_their_own(
         catch_up(es, journal)
         assert es.weights.checksum() == ended
         assert checksum_of(engine.save(tmp_path / "saved")) == ended
+        save_snapshot(tmp_path / "s", es.weights, 10, journal.chain_at(10))
+        assert len(list((tmp_path / "s").iterdir())) == 2
+        engine._call("load", str(folder))
+        assert es.weights.checksum() == journal.header.base_checksum
+        assert load_snapshot(tmp_path / "s", es.weights, journal, pytest.fail) == 10
+        assert es.weights.checksum() == ended
+        next((tmp_path / "s").glob("*.1")).unlink()
+        notes: list[str] = []
+        assert load_snapshot(tmp_path / "s", es.weights, journal, notes.append) == 0 and notes
         with pytest.raises(ConfigError, match="sigma"):
             es.weights.perturb(Member(1), -1.0)
     finally:

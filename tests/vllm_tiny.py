@@ -1,4 +1,4 @@
-"""A tiny random Llama for vLLM, engines over it, and what they say.
+"""Tiny random models for vLLM, engines over it, and what they say.
 
 Heads of 32 are the smallest that vLLM's attention takes on a CPU. A block of its prefix cache there
 holds 128 tokens, so prompts that are to share one begin alike for longer.
@@ -11,20 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import byte_tokenizer, llama
+import transformers
+from tiny_models import byte_tokenizer
 
 from esfast.engines.base import Sampling
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 OPTIONS = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 27}
 LONG = "A beginning that all of the prompts share, longer than two blocks of vLLM's cache. " * 4
 PROMPTS = [f"{LONG}And number {n}." for n in range(4)]
 SHORT = Sampling(6)
 
 
-def save_tiny(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    llama(**{**SIZES, **changes}).to(dtype).save_pretrained(folder)
+def save_tiny(folder: Path, kind: str = "Llama", **changes: Any) -> Path:
+    """A random model of 16-bit weights with large matrices, so that answers depend on prompts."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=259, **{**SIZES, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
+    model.to(torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -123,3 +123,16 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give up memory and processes; a closed engine raises StateError. Twice does no harm."""
         ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An engine that has processes of its own, whose memory counts."""
+
+    def reset_peak(self) -> bool:
+        """Forgets the peaks so far; False where a process of it cannot."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The peak since then, as `esfast.measure.peak_bytes` counts it."""
+        ...

@@ -27,6 +27,7 @@ from weakref import WeakSet
 
 import torch
 
+from esfast import measure
 from esfast.checkpoint import ORIGIN, new_folder, require_replaceable
 from esfast.engines import prompts as prompting
 from esfast.engines.base import Completion, Prompt, Sampling
@@ -163,6 +164,15 @@ class VLLMEngine:
             if made is not None:
                 (fresh / ORIGIN).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         return target
+
+    def reset_peak(self) -> bool:
+        """Forgets the peaks of memory so far, here and in the workers; False where it cannot."""
+        return all([measure.reset_peak(), *self._call("reset_peak")])
+
+    def peak_bytes(self) -> int:
+        """This process's peak since then, and that of the workers' own processes."""
+        peaks = {os.getpid(): measure.peak_bytes(), **dict(self._call("peak_bytes"))}
+        return sum(peaks.values())
 
     def close(self) -> None:
         """Ends vLLM and its processes."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from esfast.parameters import Segment
 _LOADERS = "vllm.model_executor.model_loader"
 _PROCESS = "process_weights_after_loading"
 _RETIE = "maybe_retie_word_embeddings"
+_OF_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 REFUSE_LATER = "esfast_refuse_later"  # in vLLM's additional_config: tell at the first call
 _KEPT: WeakKeyDictionary[torch.nn.Module, Kept | EsfastError] = WeakKeyDictionary()
 
@@ -62,77 +63,103 @@ class _Held:
 _State = dict[str, Any]  # attribute -> _Held for tensors, else the value itself
 
 
-def _state(module: torch.nn.Module) -> _State:
-    """Everything that a module holds itself, but its submodules."""
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules")
-    }
-    both = {**plain, **module._buffers, **module._parameters}
-    return {n: _Held.of(v) if isinstance(v, torch.Tensor) else v for n, v in both.items()}
+def _state(part: Any) -> _State:
+    """Everything that a module holds itself, but its submodules; or what another object holds."""
+    plain = {name: value for name, value in vars(part).items() if name not in _OF_MODULES}
+    if isinstance(part, torch.nn.Module):
+        plain |= {**part._buffers, **part._parameters}
+    return {n: _Held.of(v) if isinstance(v, torch.Tensor) else v for n, v in plain.items()}
 
 
-def _changed(before: _State, after: _State) -> list[str]:
+def _changed(before: _State, after: _State) -> tuple[str, ...]:
     def same(name: str) -> bool:
         if name not in before or name not in after:
             return False
         one, other = before[name], after[name]
         return one.same(other) if isinstance(one, _Held) else one is other
 
-    return [name for name in {**before, **after} if not same(name)]
+    return tuple(name for name in {**before, **after} if not same(name))
 
 
 @dataclass
-class _Step:
-    """One module whose processing changes it: what it held before, and what came out of it."""
+class _Part:
+    """A module, or what processes it: what it held before, what came out of it, and which of its
+    attributes that changed (others change later on, such as its key-value cache)."""
 
-    name: str
-    module: torch.nn.Module
-    process: Callable[[], None]
+    whole: Any
     given: _State
     made: _State
-    changed: list[str] = field(default_factory=list)
+    changed: tuple[str, ...]
 
-    @property
-    def owns(self) -> bool:
-        """Whether the module was given weights of its own to process."""
-        held = self.given.values()
-        return any(isinstance(h, _Held) and isinstance(h.owner, torch.nn.Parameter) for h in held)
+    @staticmethod
+    def of(whole: Any, given: _State) -> _Part:
+        """As processing has left it."""
+        made = _state(whole)
+        return _Part(whole, given, made, _changed(given, made))
 
-    def redo(self) -> None:
-        """Processes the module again from the tensors that it was given."""
-        for name in self.changed:
-            _put(self.module, name, self.given)
-        self.process()
-        fresh = _state(self.module)
+    def settle(self) -> None:
+        """Copies the tensors that were made again to where the first ones lie."""
+        fresh = _state(self.whole)
         for name in self.changed:
             old, new = self.made.get(name), fresh.get(name)
             if isinstance(old, _Held) and isinstance(new, _Held) and _fits(old.data, new.data):
                 old.data.copy_(new.data)
-                _put(self.module, name, self.made)
-        self.made = _state(self.module)
+                _put(self.whole, name, self.made)
+        self.made = _state(self.whole)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One module whose processing changes it, or the object that does it (which remembers, say,
+    that it was here before, and would then write over the weights themselves)."""
+
+    name: str
+    parts: tuple[_Part, ...]
+    process: Callable[[], None]
+
+    @property
+    def owns(self) -> bool:
+        """Whether the module was given weights of its own to process."""
+        held = self.parts[0].given.values()
+        return any(isinstance(h, _Held) and isinstance(h.owner, torch.nn.Parameter) for h in held)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The attributes that change, in order of name."""
+        return tuple(sorted(name for part in self.parts for name in part.changed))
+
+    def redo(self) -> None:
+        """Processes the module again from the tensors that it was given."""
+        for part in self.parts:
+            for name in part.changed:
+                _put(part.whole, name, part.given)
+        self.process()
+        for part in self.parts:
+            part.settle()
 
 
 def _fits(old: torch.Tensor, new: torch.Tensor) -> bool:
     return old.shape == new.shape and old.dtype == new.dtype and old.stride() == new.stride()
 
 
-def _put(module: torch.nn.Module, name: str, state: _State) -> None:
+def _put(whole: Any, name: str, state: _State) -> None:
     """Sets an attribute to what it was in `state`; removes it where it was not there."""
-    module._parameters.pop(name, None)
-    module._buffers.pop(name, None)
-    module.__dict__.pop(name, None)
+    places = [vars(whole)]
+    if isinstance(whole, torch.nn.Module):
+        places = [whole._parameters, whole._buffers, vars(whole)]
+    was = next((place for place in places if name in place), None)
+    for place in places:
+        place.pop(name, None)
     if name not in state:
         return
     value = state[name]
     if isinstance(value, _Held):
         value.owner.data = value.data
         value = value.owner
-    if isinstance(value, torch.nn.Parameter):
-        module._parameters[name] = value
+    if isinstance(whole, torch.nn.Module) and isinstance(value, torch.nn.Parameter):
+        whole._parameters[name] = value
     else:
-        module.__dict__[name] = value
+        (was if was is not None else vars(whole))[name] = value
 
 
 class Derived:
@@ -149,7 +176,7 @@ class Derived:
 
     def kinds(self) -> dict[str, tuple[str, ...]]:
         """Module name -> the attributes that its processing changes."""
-        return {step.name: tuple(sorted(step.changed)) for step in self._steps}
+        return {step.name: step.changed for step in self._steps}
 
     def redo(self, edited: str | None = None) -> None:
         """Makes it again from the weights as they are; edited: the only module whose weights were
@@ -243,7 +270,9 @@ def _process(
     size = parallel_state.get_tensor_model_parallel_world_size()
     found = segments(model, rank, size, checkpoint=stored_shapes(folder))
     owners = dict(_owners(model))
-    before = {name: _state(module) for name, module in model.named_modules()}
+    before = {
+        id(part): _state(part) for _, module in model.named_modules() for part in _parts(module)
+    }
     with _untied():
         original(model, model_config, device)
     steps = list(_steps(model, before, model_config.dtype))
@@ -273,14 +302,22 @@ def _untied() -> Iterator[None]:
             setattr(utils, _RETIE, tie)
 
 
-def _steps(model: Any, before: dict[str, _State], dtype: torch.dtype) -> Iterator[_Step]:
-    for name, module in model.named_modules():
-        made = _state(module)
-        changed = _changed(before.get(name, {}), made)
-        _require_values(name, before.get(name, {}), made)
-        if changed:
-            process = _processing(name, module, dtype)
-            yield _Step(name, module, process, before[name], made, changed)
+def _parts(module: Any) -> list[Any]:
+    """A module and what processes its weights."""
+    method = getattr(module, "quant_method", None)
+    return [module] if method is None else [module, method]
+
+
+def _steps(model: Any, before: dict[int, _State], dtype: torch.dtype) -> Iterator[_Step]:
+    modules = dict(model.named_modules())
+    methods = {id(getattr(module, "quant_method", None)) for module in modules.values()}
+    for name, module in modules.items():
+        if id(module) in methods:  # a part of the module that it processes
+            continue
+        parts = tuple(_Part.of(p, before.get(id(p), {})) for p in _parts(module))
+        _require_values(name, parts[0].given, parts[0].made)
+        if any(part.changed for part in parts):
+            yield _Step(name, parts, _processing(name, module, dtype))
 
 
 def _require_values(name: str, before: _State, after: _State) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from esfast import state_file
+from esfast import measure, state_file
 from esfast.engines.vllm_derived import Kept, kept
 from esfast.engines.vllm_files import read_canonical, write_canonical
 from esfast.engines.vllm_reach import Groups
@@ -149,6 +149,14 @@ class Shard:
         """Bytes of the weights, of what the memory mode holds, and of the anchor."""
         use = self.weights.memory_use()
         return [use.weights_bytes, use.extra_bytes, use.anchor_bytes]
+
+    def reset_peak(self) -> bool:
+        """`esfast.measure.reset_peak`, in this worker's process."""
+        return measure.reset_peak()
+
+    def peak_bytes(self) -> list[int]:
+        """This worker's process, and its peak since then."""
+        return [os.getpid(), measure.peak_bytes()]
 
     def write_state(self, path: str, told: Mapping[str, str]) -> None:
         """`Weights.write_state`, in a file for each shard but the first beside it."""

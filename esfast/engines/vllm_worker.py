@@ -27,7 +27,16 @@ empty_after_edits()
 CALLS = frozenset(
     (
         *("open", "perturb", "restore", "derive", "update", "checksum", "anchor_checksum", "room"),
-        *("memory_use", "write_state", "check_state", "read_state", "save", "load"),
+        *(
+            "memory_use",
+            "reset_peak",
+            "peak_bytes",
+            "write_state",
+            "check_state",
+            "read_state",
+            "save",
+            "load",
+        ),
         *("group_names", "nudge", "unnudge"),
     )
 )
