@@ -76,7 +76,7 @@ class GrpoConfig:
     fixed_prompts: bool = False
     group_size: int = 8
     iterations: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float = 3e-5
     beta: float = 0.0
     epsilon: float = 0.2
     micro_batch: int = 16

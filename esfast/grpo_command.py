@@ -76,7 +76,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_grpo_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--learning-rate", type=not_negative, default=1e-5)
+    group.add_argument("--learning-rate", type=not_negative, default=3e-5)
     group.add_argument("--group-size", type=positive, default=8, help="completions a prompt")
     group.add_argument("--iterations", type=positive, default=1, help="optimiser steps a batch")
     group.add_argument("--beta", type=not_negative, default=0.0, help="weight of KL to the start")
