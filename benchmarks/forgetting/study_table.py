@@ -176,7 +176,7 @@ CPU = Scale(
         *(*PRIOR_FLAGS, "--prior-every", "2", "--no-plots"),
     ),
     of_command={"train": ("--sigma", "0.003", "--alpha", f"{CPU_ALPHA}"), "grpo": ()},
-    diagnostics=kl_flags("arithmetic", count=16, tokens=16),
+    diagnostics=kl_flags("arithmetic", count=10, tokens=16),
     drift_every=("--every", "4"),
     controls=control_flags("arithmetic", 48),
     arms=(
