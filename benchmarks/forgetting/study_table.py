@@ -8,6 +8,10 @@ Arms at one seed share run seed and prompts, so that ES and its variants see the
 larger population has three times the members over a third of the prompts a generation (at the gpu
 scale four times, over a quarter): as many answers and as many generations over more directions.
 
+GRPO has half of ES's FLOPs at the cpu scale (six generations of 64 answers against eight of 384) and
+as many at the gpu scale; at the cpu scale it stopped short because it had learned more by then, and
+one more run, with as many FLOPs as ES, has a lower learning rate.
+
 How lambda was carried from 500 generations to 8: by what is left when units are taken away. l2:
 alpha * lambda * T is 2.5 in the paper (5e-3 * 500) and 2.4 here (0.3 * 8). l1: alpha * lambda * T
 over the random walk alpha * sqrt(T / N) is 1.2 in the paper (lambda 0.01) and 1.1 here.
@@ -15,7 +19,7 @@ over the random walk alpha * sqrt(T / N) is 1.2 in the paper (lambda 0.01) and 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -122,14 +126,15 @@ def es_arms(
     )
 
 
-def grpo_arm(size: int, prompts: int, group: int) -> Arm:
-    """GRPO at equal FLOPs, within 1 %: a quarter as many answers as ES with `size` * `prompts`.
+def grpo_arm(rate: str, prompts: int, group: int, generations: int) -> Arm:
+    """GRPO at a learning rate; docs/forgetting.md says how the rate was found.
 
     An answer costs ES one pass forward, and GRPO that one, one more and one backward, which counts
-    as two (esfast/cost.py).
+    as two (esfast/cost.py): at equal FLOPs GRPO has a quarter of the answers.
     """
-    asked = size * prompts // (4 * group)
-    return Arm("grpo", "GRPO", "grpo", ("--prompts", str(asked), "--group-size", str(group)))
+    size = ("--prompts", str(prompts), "--group-size", str(group))
+    flags = (*size, "--generations", str(generations), "--learning-rate", rate)
+    return Arm("grpo", "GRPO", "grpo", flags)
 
 
 def sweep_arms(alpha: float, usual: tuple[str, ...], products: tuple[float, ...]) -> list[Arm]:
@@ -181,7 +186,14 @@ CPU = Scale(
     controls=control_flags("arithmetic", 48),
     arms=(
         *es_arms(CPU_ALPHA, size=16, prompts=24, larger=3, l1=6e-4, l2=0.3),
-        grpo_arm(size=16, prompts=24, group=8),
+        grpo_arm("3e-5", prompts=8, group=8, generations=6),
+        replace(
+            grpo_arm("1e-5", prompts=12, group=8, generations=8),
+            key="grpo-1e-5",
+            name="GRPO, learning rate 1e-5",
+            seeds=SEEDS[:1],
+            main=False,
+        ),
         *sweep_arms(CPU_ALPHA, population_flags(16, 24), (0.005, 0.05, 0.6)),
     ),
     jobs=2,
@@ -206,7 +218,7 @@ GPU = Scale(
     controls=(*control_flags("countdown", 200), "--device", "cuda"),
     arms=(
         *es_arms(GPU_ALPHA, size=30, prompts=200, larger=4, l1=5e-6, l2=5e-3),
-        grpo_arm(size=30, prompts=200, group=10),
+        grpo_arm("1e-6", prompts=150, group=10, generations=500),
         *sweep_arms(GPU_ALPHA, population_flags(30, 200), (5e-4, 1.5e-3, 1.5e-2, 5e-2)),
     ),
     jobs=1,
