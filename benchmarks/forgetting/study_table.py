@@ -8,9 +8,9 @@ Arms at one seed share run seed and prompts, so that ES and its variants see the
 larger population has three times the members over a third of the prompts a generation (at the gpu
 scale four times, over a quarter): as many answers and as many generations over more directions.
 
-GRPO has half of ES's FLOPs at the cpu scale (six generations of 64 answers against eight of 384) and
-as many at the gpu scale; at the cpu scale it stopped short because it had learned more by then, and
-one more run, with as many FLOPs as ES, has a lower learning rate.
+At the cpu scale GRPO has half of ES's FLOPs, to save time (six generations of 64 answers against
+eight of 384), and one more run of as many FLOPs has a lower learning rate; at the gpu scale the
+FLOPs are equal.
 
 How lambda was carried from 500 generations to 8: by what is left when units are taken away. l2:
 alpha * lambda * T is 2.5 in the paper (5e-3 * 500) and 2.4 here (0.3 * 8). l1: alpha * lambda * T
