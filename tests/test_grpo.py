@@ -424,6 +424,6 @@ def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsy
 @pytest.mark.model
 def test_smollm2_learns_the_default_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert esfast("grpo", "--generations", "6", "--eval-size", "48", "--output", "run") == 0
+    assert esfast("grpo", "--generations", "3", "--eval-size", "48", "--output", "run") == 0
     summary = read_json(Path("run/summary.json"))
     assert summary["rise"] > 0.2 and summary["rise_in_standard_errors"] > 4
