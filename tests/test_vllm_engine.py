@@ -225,8 +225,8 @@ def test_what_is_derived_is_made_again_in_its_place(engine: Any, weights: Any) -
 
 
 def test_experts_are_edited_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM fuses and packs them; a prompt uses few, so they are tried a layer at once. (In processes
-    of their own, where vLLM makes the groups that experts need.)"""
+    """vLLM fuses and packs them; a prompt uses few, so they are tried a layer at once. (In a
+    process of its own, where vLLM makes the groups that experts need.)"""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     folder = save_tiny(tmp_path / "mixtral", kind="Mixtral", num_local_experts=4)
     engine = start(folder)
