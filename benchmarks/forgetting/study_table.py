@@ -155,11 +155,11 @@ def sweep_arms(alpha: float, usual: tuple[str, ...], products: tuple[float, ...]
 
 PRIOR_FLAGS = ("--prior-tasks", ",".join(PRIOR_TASKS), "--prior-size", "32", "--prior-samples", "0")
 
-KL_TASKS = ("questions:opposites", PRIOR_TASKS[-1])
+KL_TASKS = PRIOR_TASKS[-1:]
 
 
 def kl_flags(task: str, count: int, tokens: int) -> tuple[str, ...]:
-    """KL on the target's and two prior tasks' prompts; scores are known from the run."""
+    """KL on the target's and a prior task's prompts; scores are known from the run."""
     return (
         *("--task", task, "--kl-prompts", ",".join(KL_TASKS), "--kl-count", str(count)),
         *("--kl-tokens", str(tokens), "--score", "0", "--no-plots"),
