@@ -80,6 +80,7 @@ def run_row(run: StudyRun, work: Work) -> Row:
         "main": int(run.arm.main),
         "target_before": before["score"],
         "target_after": after["score"],
+        "target_after_bf16": (summary.get("held_out_as_bfloat16") or after)["score"],
         "solved_after": after["solved"],
     }
     row |= _prior_columns(prior_scores(folder))

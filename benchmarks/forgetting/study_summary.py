@@ -61,7 +61,9 @@ def _arms(rows: Sequence[Row]) -> str:
     wanted = {
         "target_before": "target before",
         "target_after": "target after",
+        "target_after_bf16": "the same as bf16",
         "norm": "norm",
+        "norm_bf16": "the same as bf16",
         "relative_norm": "relative norm",
         "below_1e-6": "share < 1e-6",
         "below_1e-6_bf16": "the same as bf16",
