@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,10 @@ import pytest
 # `python -m esfast` in a test puts the current folder first, and a clone of the sources has an
 # esfast without its compiled core there (Python 3.11 and later take note of this).
 os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+# A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough for tests, on any cores, and silent: 1 GB of key-value cache, threads not bound.
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
