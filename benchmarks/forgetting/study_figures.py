@@ -156,7 +156,9 @@ class Drawing:
         return draw
 
     def _kl_panels(self) -> list[Panel]:
-        there = dict.fromkeys(name for row in self.main for name in row if name.startswith("kl_"))
+        diagnosed = [row for row in self.main if "norm" in row]
+        names = [name for name in columns_of(diagnosed) if name.startswith("kl_")]
+        there = [name for name in names if all(name in row for row in diagnosed)]
 
         def panel(column: str) -> Panel:
             first, _, prompts = column.removeprefix("kl_").partition("_first_")

@@ -99,7 +99,9 @@ def _differences(rows: Sequence[Row], tasks: Sequence[str]) -> str:
 
 
 def _kl(rows: Sequence[Row]) -> str:
-    there = [name for name in columns(rows) if name.startswith("kl_")]
+    diagnosed = [row for row in rows if "norm" in row]
+    names = [name for name in columns(diagnosed) if name.startswith("kl_")]
+    there = [name for name in names if all(name in row for row in diagnosed)]
     head = ["", *(name.removeprefix("kl_").replace("_first_", " first, ") for name in there)]
     lines = [[arm, *(cell(_of(rows, arm, name)) for name in there)] for arm in _names(rows)]
     return table(head, lines)
