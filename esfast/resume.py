@@ -84,8 +84,8 @@ def resumed(args: argparse.Namespace, add_arguments: Adder) -> PastRun:
         raise DataError(f"{folder / 'config.json'} does not say with which flags the run started.")
     if recorded.get("method", "train") != args.command:
         raise ConfigError(
-            f"{folder} was made by `esfast {recorded.get('method', 'train')}`, and only that can go "
-            "on with it."
+            f"{folder} was made by `esfast {recorded.get('method', 'train')}`, and only that can "
+            "go on with it."
         )
     start = args.command_line.index(args.command) + 1
     given = given_flags(args.command_line[start:], add_arguments)

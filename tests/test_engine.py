@@ -22,7 +22,7 @@ MODELS = {"llama": llama, "mistral": mistral, "gpt2": gpt2}
 
 
 def generated(model: Any, tokenizer: Any, prompt: Prompt, new: int) -> tuple[list[int], int]:
-    """The tokens that transformers generates for one prompt alone, greedily; the prompt's length."""
+    """The tokens that transformers generates for one prompt, greedily; the prompt's length."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     with torch.inference_mode():
