@@ -109,7 +109,8 @@ def _change(run: StudyRun, work: Work) -> Row:
     """The columns of both diagnoses, where they are there."""
     there, stored = (work.diagnosis(run, kind) / DIAGNOSED for kind in ("", STORED))
     row = change_columns(read_json(there)) if there.exists() else {}
-    as_stored = change_columns(read_json(stored)) if stored.exists() else row
+    same = row if run.arm.command == "train" else {}  # ES trains what it stores
+    as_stored = change_columns(read_json(stored)) if stored.exists() else same
     kept = ("norm", "unchanged", "below_1e-6")
     return row | {f"{name}_bf16": as_stored[name] for name in kept if name in as_stored}
 
