@@ -191,7 +191,11 @@ class Drawing:
         axes.legend(frameon=False, fontsize=8)
 
     def _sweep_panels(self) -> list[Panel]:
-        kl = [name for name in columns_of(self.sweep) if name.startswith("kl_base_first_")]
+        kl = [
+            name
+            for name in columns_of(self.sweep)
+            if name.startswith("kl_base_first_") and _strengths(self.sweep, name) > 1
+        ]
         prior = [f"{task}_change" for task in self.tasks if task != TARGET]
         groups = [
             ("Target score", ["target_after"], False),
@@ -220,21 +224,27 @@ class Drawing:
         return [*panels, self._trade_off]
 
     def _trade_off(self, axes: Any) -> None:
-        """What decay costs and buys: the target against the mean of the prior changes."""
+        """What decay costs and buys: the target against the prior task that lost most."""
         changes = [f"{task}_change" for task in self.tasks if task != TARGET]
+        first = min(row["seed"] for row in self.sweep)
         for row in self.sweep:
-            there = [row[name] for name in changes if name in row]
-            if there:
-                worst = min(there)
-                axes.plot(worst, row["target_after"], "o", color=COLOURS[0])
-                label = f"{row['alpha_lambda']:g}"
-                axes.annotate(label, (worst, row["target_after"]), (4, 3), fontsize=7,
-                              textcoords="offset points")  # fmt: skip
+            worst = min(row[name] for name in changes if name in row)
+            point = (worst, row["target_after"])
+            named = row["seed"] == first
+            axes.plot(*point, "o", color=COLOURS[0], alpha=1.0 if named else 0.3)
+            if named:
+                text = f"alpha lambda {row['alpha_lambda']:g}"
+                axes.annotate(text, point, (5, 4), fontsize=7, textcoords="offset points")
         axes.set(
-            title="Trade-off: target against the prior task that lost most",
+            title="Trade-off, first seed (others pale)",
             xlabel="largest loss of a prior task",
             ylabel="target score at the end",
         )
+
+
+def _strengths(rows: Sequence[Row], name: str) -> int:
+    """At how many strengths of decay the rows have `name`."""
+    return len({row["alpha_lambda"] for row in rows if name in row})
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
