@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The study of forgetting: ES, ES with anchored decay, a larger population, and GRPO.
 
-    python benchmarks/forgetting/study.py                       # resumable; about 50 min, 2 cores
+    python benchmarks/forgetting/study.py                       # resumable; two hours of processor time
     python benchmarks/forgetting/study.py --analyse             # tables and pictures again
     python benchmarks/forgetting/study.py --scale gpu --model HUB/NAME   # not yet run
 
