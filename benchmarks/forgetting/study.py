@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The study of forgetting: ES, ES with anchored decay, a larger population, and GRPO.
 
-    python benchmarks/forgetting/study.py                       # resumable; two hours of processor time
-    python benchmarks/forgetting/study.py --analyse             # tables and pictures again
+    python benchmarks/forgetting/study.py               # resumable; two hours of processor time
+    python benchmarks/forgetting/study.py --analyse     # tables and pictures again
     python benchmarks/forgetting/study.py --scale gpu --model HUB/NAME   # not yet run
 
 Runs the table of study_table.py in a work folder (a run that is finished is skipped, one that was
