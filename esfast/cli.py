@@ -28,11 +28,11 @@ from esfast.replay_command import (
     run_export,
     run_replay,
 )
+from esfast.report import INTERRUPTED
 from esfast.report_command import add_report_arguments, run_report
 from esfast.train_command import run_train
 from esfast.train_flags import add_train_arguments
 
-INTERRUPTED = 130
 MENDABLE = 2
 LESS_MEMORY = (
     "Choose a smaller model, a narrower --dtype, --memory lean, or a smaller --batch-size."

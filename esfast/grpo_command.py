@@ -7,7 +7,6 @@ cores.
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esfast import plots
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.engines.base import Sampling
 from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun
@@ -26,7 +24,7 @@ from esfast.measure import Clock
 from esfast.models import DEFAULT_MODEL, load_model
 from esfast.prior import PriorTasks
 from esfast.provenance import provenance, version
-from esfast.report import print_result
+from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
 from esfast.run_folder import RunFolder, require_free
 from esfast.tasks import Task
@@ -44,7 +42,6 @@ from esfast.train_flags import (
 if TYPE_CHECKING:
     from esfast.engines.transformers import TransformersEngine
 
-INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16")
 TUNED = (
     "the default learning rate, by short runs of SmolLM2-135M-Instruct on the arithmetic task "
@@ -144,16 +141,7 @@ def _train(
         run.progress.note(line)
     result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
-    if args.plots:
-        plots.draw_run(output)
-    if result.status == "interrupted":
-        print(
-            f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
-            f"{config.generations}.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return 0
+    return exit_code(result, output, config.generations, draw=args.plots)
 
 
 def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:

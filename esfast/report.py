@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from esfast import plots
 from esfast.held_out import HeldOut
 from esfast.measure import FINISH, LOOP, SETUP
 from esfast.prior.scores import KINDS
 from esfast.train import SAMPLES_SHOWN, TrainResult
 
 LONGEST_SHOWN = 200
+INTERRUPTED = 130
 
 
 def print_result(console: Console, result: TrainResult, folder: Path) -> None:
@@ -115,3 +118,17 @@ def _shown(text: str) -> str:
     """On one line, with what would move a terminal's cursor written out."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
     return line if len(line) <= LONGEST_SHOWN else line[: LONGEST_SHOWN - 3] + "..."
+
+
+def exit_code(result: TrainResult, output: Path, generations: int, draw: bool) -> int:
+    """Draws the run's pictures; 0, or 130 where Ctrl-C ended it before `generations`."""
+    if draw:
+        plots.draw_run(output)
+    if result.status != "interrupted":
+        return 0
+    print(
+        f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
+        f"{generations}.",
+        file=sys.stderr,
+    )
+    return INTERRUPTED

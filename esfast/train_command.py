@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from esfast import plots
 from esfast.journal import JOURNAL, parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
@@ -22,7 +20,7 @@ from esfast.prior import PriorTasks
 from esfast.provenance import provenance
 from esfast.ray_command import open_fleet, require_launcher
 from esfast.replay import catch_up
-from esfast.report import print_result
+from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
 from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder, require_free
@@ -38,7 +36,6 @@ from esfast.train_flags import (
     told_decay,
 )
 
-INTERRUPTED = 130
 SEED_DERIVATION = (
     "member k of generation g has the seed that docs/noise.md derives from (run seed, g, k), an "
     "antithetic pair the seed of k // 2; journal.esj has the coefficients (docs/journal.md)"
@@ -110,16 +107,7 @@ def _train(
             trainer.progress.note(line)
         result = trainer.run()
     print_result(trainer.progress.console, result, output)
-    if args.plots:
-        plots.draw_run(output)
-    if result.status == "interrupted":
-        print(
-            f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
-            f"{config.generations}.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return 0
+    return exit_code(result, output, config.generations, draw=args.plots)
 
 
 def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: Workers) -> int:
