@@ -25,7 +25,8 @@ FLAGS += ["-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AVX512 += ["-mavx512vbmi2", "-mavx512vpopcntdq", "-mbmi", "-mbmi2"]
+AVX512 += ["-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512vpopcntdq"]
+AVX512 += ["-mbmi", "-mbmi2"]
 TARGETS = {
     "x86_64": {"cpu/avx2.cpp": AVX2, "cpu/avx512.cpp": AVX512},
     "aarch64": {"cpu/neon.cpp": []},

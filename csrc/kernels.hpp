@@ -7,6 +7,7 @@
 // See docs/noise.md for the order of every operation.
 #pragma once
 
+#include "hadamard.hpp"
 #include "noise.hpp"
 #include "segments.hpp"
 
@@ -40,29 +41,6 @@ ESFAST_FN typename L::f32 decayed(typename L::f32 t, typename L::f32 anchor, con
   const auto shrunk = L::subf(size, L::setf(rule.strength));
   const auto kept = L::select(L::less(shrunk, L::setf(0.0f)), zero, L::as_bits(shrunk));
   return L::addf(anchor, L::as_float(L::or_(kept, L::and_(bits, top))));
-}
-
-template <class L, class T>
-ESFAST_FN typename L::u32 update(typename L::f32 weight, typename L::f32 acc,
-                                 typename L::f32 anchor, typename L::u32 random, const Rule& rule,
-                                 uint32_t& saturated) {
-  const auto t = decayed<L>(L::addf(weight, acc), anchor, rule);
-  return rule.stochastic ? T::template stochastic<L>(t, random, saturated)
-                         : T::template nearest<L>(t);
-}
-
-// The sum of the group's coefficients with the signs of a word's bits, by table (see
-// hadamard_tables in hadamard.hpp): ceil(32 / table_bits) look-ups, exact in int32.
-template <class L>
-ESFAST_FN typename L::u32 hadamard_sum(typename L::u32 sum, typename L::u32 word,
-                                       const int32_t* tables) {
-  constexpr int bits = L::table_bits, steps = (32 + bits - 1) / bits;
-  ESFAST_UNROLL
-  for (int j = 0; j < steps; ++j) {
-    sum = L::add(sum, L::lookup(tables + (j << bits), word));
-    if (j + 1 < steps) word = L::template shr<bits>(word);
-  }
-  return sum;
 }
 
 }  // namespace esfast::ESFAST_LANES

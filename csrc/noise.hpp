@@ -44,9 +44,9 @@ ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor
 
 // Rounds 0 to 2, where only counter word 0 varies.
 template <class L, int B>
-ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::wide (&x0)[B],
-                            typename L::wide (&x1)[B], typename L::wide (&x2)[B],
-                            typename L::wide (&x3)[B]) {
+ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::u32 (&x0)[B],
+                            typename L::u32 (&x1)[B], typename L::u32 (&x2)[B],
+                            typename L::u32 (&x3)[B]) {
   const auto k0 = L::make_key(s.round0_x2), k1 = L::make_key(s.round1_x0);
   const auto k2 = L::make_key(s.round1_x2), k3 = L::make_key(s.key0[2]);
   const auto k4 = L::make_key(s.round2_x2);
@@ -54,12 +54,12 @@ ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::wide (&
   for (int b = 0; b < B; ++b) {
     const auto p0 =
         L::multiply(L::counters(block + static_cast<uint32_t>(b * L::width)), kPhiloxM0);
-    const auto p1 = L::multiply(L::mix(L::high(p0), k0), kPhiloxM1);
-    const auto q0 = L::multiply(L::mix(L::high(p1), k1), kPhiloxM0);
-    const auto q1 = L::multiply(L::mix(L::low(p0), k2), kPhiloxM1);
-    x0[b] = L::mix(L::high(q1), L::low(p1), k3);
+    const auto p1 = L::multiply(L::xor_(L::high(p0), k0), kPhiloxM1);
+    const auto q0 = L::multiply(L::xor_(L::high(p1), k1), kPhiloxM0);
+    const auto q1 = L::multiply(L::xor_(L::low(p0), k2), kPhiloxM1);
+    x0[b] = L::xor3(L::high(q1), L::low(p1), k3);
     x1[b] = L::low(q1);
-    x2[b] = L::mix(L::high(q0), k4);
+    x2[b] = L::xor_(L::high(q0), k4);
     x3[b] = L::low(q0);
   }
 }
@@ -68,7 +68,7 @@ ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::wide (&
 // since one batch alone waits for its multiplications: 53 cycles against 30 on Zen 5.
 template <class L, int B>
 ESFAST_FN void philox(const Stream& s, uint32_t block, typename L::u32 (&words)[B][4]) {
-  typename L::wide x0[B], x1[B], x2[B], x3[B];
+  typename L::u32 x0[B], x1[B], x2[B], x3[B];
   first_rounds<L, B>(s, block, x0, x1, x2, x3);
   ESFAST_UNROLL
   for (int r = 3; r < 9; ++r) {
@@ -76,8 +76,8 @@ ESFAST_FN void philox(const Stream& s, uint32_t block, typename L::u32 (&words)[
     ESFAST_UNROLL
     for (int b = 0; b < B; ++b) {
       const auto p0 = L::multiply(x0[b], kPhiloxM0), p1 = L::multiply(x2[b], kPhiloxM1);
-      x0[b] = L::mix(L::high(p1), x1[b], key0);
-      x2[b] = L::mix(L::high(p0), x3[b], key1);
+      x0[b] = L::xor3(L::high(p1), x1[b], key0);
+      x2[b] = L::xor3(L::high(p0), x3[b], key1);
       x1[b] = L::low(p1);
       x3[b] = L::low(p0);
     }
@@ -86,10 +86,10 @@ ESFAST_FN void philox(const Stream& s, uint32_t block, typename L::u32 (&words)[
   ESFAST_UNROLL
   for (int b = 0; b < B; ++b) {
     const auto p0 = L::multiply(x0[b], kPhiloxM0), p1 = L::multiply(x2[b], kPhiloxM1);
-    words[b][0] = L::narrow_high(p1, x1[b], key0);
-    words[b][1] = L::narrow_low(p1);
-    words[b][2] = L::narrow_high(p0, x3[b], key1);
-    words[b][3] = L::narrow_low(p0);
+    words[b][0] = L::xor3(L::high(p1), x1[b], key0);
+    words[b][1] = L::low(p1);
+    words[b][2] = L::xor3(L::high(p0), x3[b], key1);
+    words[b][3] = L::low(p0);
   }
 }
 
@@ -179,38 +179,17 @@ ESFAST_FN void gaussian(const Stream& s, uint32_t block, typename L::f32 (&z)[B]
   }
 }
 
-// Row n of Sylvester's 32 x 32 Hadamard matrix as bits: bit k is the parity of popcount(n & k).
-ESFAST_FN uint32_t hadamard_row(uint32_t n) {
-  uint32_t row = 0;
-  for (uint32_t k = 0; k < 32; ++k) {
-    uint32_t parity = n & k;
-    parity ^= parity >> 4;
-    parity ^= parity >> 2;
-    parity ^= parity >> 1;
-    row |= (parity & 1u) << k;
-  }
-  return row;
-}
-
-// Binomial(32) noise of one member from the group's word: (32 - 2 popcount(w ^ row)) / sqrt(32).
-template <class L>
-ESFAST_FN typename L::f32 hadamard(typename L::u32 word, uint32_t row) {
-  const auto ones = L::popcount(L::xor_(word, L::set(row)));
-  const auto sum = L::sub(L::set(32), L::add(ones, ones));
-  return L::mulf(L::from_int(sum), L::setf(0x1.6a09e6p-3f));
-}
-
 // Philox2x32-7 of (index, bits) keyed by tensor: a 64-bit hash an element, summed modulo 2^64 by
 // the caller. For a fixed index it is a bijection of the bits, so no single change goes unseen.
 template <class L>
-ESFAST_FN typename L::sum64 hash(typename L::sum64 sum, uint32_t key, typename L::wide index,
-                                 typename L::wide bits) {
+ESFAST_FN typename L::sum64 hash(typename L::sum64 sum, uint32_t key, typename L::u32 index,
+                                 typename L::u32 bits) {
   constexpr uint32_t kM = 0xD256D193u;
-  typename L::wide x = index, y = bits;
+  typename L::u32 x = index, y = bits;
   ESFAST_UNROLL
   for (uint32_t r = 0; r < 6; ++r) {
     const auto p = L::multiply(x, kM);
-    x = L::mix(L::high(p), y, L::make_key(key + r * kPhiloxW0));
+    x = L::xor3(L::high(p), y, L::make_key(key + r * kPhiloxW0));
     y = L::low(p);
   }
   return L::accumulate(sum, L::multiply(x, kM), y, L::make_key(key + 6 * kPhiloxW0));

@@ -1,9 +1,10 @@
 // The dtypes of weights: load to fp32, round to nearest even, round stochastically.
 //
 // In registers a weight is `u32` bits: fp32 and bf16 as the fp32 number that they are (a bf16 has
-// zeros below), fp16 as its 16 bits. Weights are loaded and stored `L::vectors` vectors at a time,
-// which is what a target packs best. A NaN result is always the canonical quiet NaN, since targets
-// differ in which operand's payload survives an addition.
+// zeros below), fp16 as its 16 bits. Weights are loaded, rounded and stored `L::vectors` vectors at
+// a time, which is what a target packs best: `round` and `round_randomly` may leave anything in
+// the bits that `store` drops, and `clean` clears them. A NaN result is always the canonical quiet
+// NaN, since targets differ in which operand's payload survives an addition.
 #pragma once
 
 #include "target.hpp"
@@ -12,11 +13,19 @@ namespace esfast::ESFAST_LANES {
 
 template <class L>
 using Weights = typename L::u32[L::vectors];
+template <class L>
+using Floats = typename L::f32[L::vectors];
 
 // The bits of t, or of the canonical quiet NaN.
 template <class L>
 ESFAST_FN typename L::u32 canonical(typename L::f32 t) {
   return L::select(L::is_nan(t), L::set(0x7FC00000u), L::as_bits(t));
+}
+
+// A bit for each weight handled together.
+template <class L>
+ESFAST_FN uint32_t all_lanes() {
+  return static_cast<uint32_t>((1ull << L::vectors * L::width) - 1);
 }
 
 struct Float32 {
@@ -45,8 +54,30 @@ struct Float32 {
     return canonical<L>(t);
   }
   template <class L>
-  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
-    return nearest<L>(t);
+  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = nearest<L>(t[j]);
+  }
+  template <class L>
+  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
+                                uint32_t& saturated) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = stochastic<L>(t[j], random[j], saturated);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
+    return v;
+  }
+  // A bit for each weight at `p` that is not the same as in `v`.
+  template <class L>
+  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
+    Weights<L> old;
+    uint32_t same = 0;
+    load<L>(p, old);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      same |= L::bits_of(L::equal(v[j], old[j])) << (j * L::width);
+    return ~same & all_lanes<L>();
   }
   template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {
@@ -84,11 +115,23 @@ struct BFloat16 {
     const auto tie = L::and_(L::template shr<16>(bits), L::set(1));
     return upper<L>(L::add(L::add(bits, L::set(0x7FFFu)), tie));
   }
-  // As nearest, with undefined bits below, which `store` drops. On AVX-512 it takes a mask register
-  // for the tie, which lean memory's exceptions need more: there `nearest` is the faster one.
+  // One comparison finds a NaN in two vectors, so that weights pay half an operation for it.
   template <class L>
-  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
-    return L::round_even(canonical<L>(t));
+  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = L::round_even(L::as_bits(t[j]));
+    if (ESFAST_RARE(L::any(L::unordered(t[0], t[L::vectors - 1])))) {
+      ESFAST_UNROLL
+      for (int j = 0; j < L::vectors; ++j) v[j] = L::round_even(canonical<L>(t[j]));
+    }
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
+    return upper<L>(v);
+  }
+  template <class L>
+  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
+    return L::differing_high(p, v);
   }
   // As nearest, but a NaN keeps what fits of its payload: a master's copy of a bf16 NaN goes back.
   template <class L>
@@ -96,7 +139,20 @@ struct BFloat16 {
     return L::select(L::is_nan(t), upper<L>(L::as_bits(t)), nearest<L>(t));
   }
   // `random`: 16 bits, added below the kept mantissa, then truncated. Only a magnitude of the last
-  // finite bf16 or more can overflow, be infinite or NaN: weights take the short path.
+  // finite bf16 or more can overflow, be infinite or NaN: weights take the short path, and the OR
+  // of two of them tells, at worst too often.
+  template <class L>
+  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
+                                uint32_t& saturated) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = L::add(L::as_bits(t[j]), random[j]);
+    const auto either = L::or_(L::as_bits(t[0]), L::as_bits(t[L::vectors - 1]));
+    const auto special = L::greater(L::and_(either, L::set(0x7FFFFFFFu)), L::set(0x7F7EFFFFu));
+    if (ESFAST_RARE(L::any(special))) {
+      ESFAST_UNROLL
+      for (int j = 0; j < L::vectors; ++j) v[j] = at_the_edge<L>(t[j], upper<L>(v[j]), saturated);
+    }
+  }
   template <class L>
   ESFAST_FN typename L::u32 stochastic(typename L::f32 t, typename L::u32 random,
                                        uint32_t& saturated) {
@@ -151,8 +207,30 @@ struct Float16 {
     return L::to_half(L::as_float(canonical<L>(t)));
   }
   template <class L>
-  ESFAST_FN typename L::u32 to_store(typename L::f32 t) {
-    return nearest<L>(t);
+  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = nearest<L>(t[j]);
+  }
+  template <class L>
+  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
+                                uint32_t& saturated) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = stochastic<L>(t[j], random[j], saturated);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
+    return v;
+  }
+  // A bit for each weight at `p` that is not the same as in `v`.
+  template <class L>
+  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
+    Weights<L> old;
+    uint32_t same = 0;
+    load<L>(p, old);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      same |= L::bits_of(L::equal(v[j], old[j])) << (j * L::width);
+    return ~same & all_lanes<L>();
   }
   template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {  // as BFloat16::narrow

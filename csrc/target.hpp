@@ -1,4 +1,4 @@
-// What a translation unit is compiled for, and the three macros that the bodies are written with.
+// What a translation unit is compiled for, and the macros that the bodies are written with.
 //
 // Every header of the bodies (lanes/, noise.hpp, numeric.hpp, kernels.hpp) is compiled once a
 // target with that target's instruction-set flags, and again by nvcc. The namespace carries the
@@ -12,6 +12,8 @@
 #define ESFAST_LANES scalar
 #endif
 
+#define ESFAST_INLINE __attribute__((always_inline))
+#define ESFAST_RARE(condition) __builtin_expect(condition, 0)
 #if defined(__CUDACC__)
 #define ESFAST_FN static __host__ __device__ __forceinline__
 #if defined(__CUDA_ARCH__)
@@ -20,9 +22,9 @@
 #define ESFAST_UNROLL
 #endif
 #elif defined(__clang__)
-#define ESFAST_FN static inline __attribute__((always_inline))
+#define ESFAST_FN static inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("unroll")
 #else
-#define ESFAST_FN static inline __attribute__((always_inline))
+#define ESFAST_FN static inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("GCC unroll 64")
 #endif

@@ -22,16 +22,14 @@ constexpr int kSlack = 256;   // the last batch of counters may write past the b
 template <class L>
 constexpr int kStep = L::vectors * L::width;  // weights handled together
 
-template <class L>
-constexpr uint32_t kAll = static_cast<uint32_t>((1ull << kStep<L>)-1);
-
 struct Buffers {
   alignas(64) float noise[kBlock + kSlack];
   alignas(64) float anchor[kBlock];
   alignas(64) uint32_t random[(kBlock + kSlack) / 2];
   alignas(64) uint8_t gathered[4 * kBlock];
-  Stream* streams;  // of an update's sources, for one tensor and one high counter word
-  int32_t* tables;  // Hadamard look-up tables of all groups
+  Stream* streams;     // of an update's sources, for one tensor and one high counter word
+  int32_t* tables;     // Hadamard look-up tables of all groups
+  int32_t table_base;  // what a sum over all of them starts from
   uint32_t tensor;
   uint64_t high;
   bool ready;

@@ -38,21 +38,6 @@ static void with_dtypes(const Segment& s, F&& f) {
   });
 }
 
-// Entry v of table j: the sum over the bits of v of the coefficient with that bit's sign.
-template <class L>
-static void fill_tables(const UpdateCall& call, int32_t* tables) {
-  constexpr int bits = L::table_bits, steps = (32 + bits - 1) / bits;
-  for (int g = 0; g < call.count; ++g)
-    for (int j = 0; j < steps; ++j)
-      for (int v = 0; v < 1 << bits; ++v, ++tables) {
-        *tables = 0;
-        for (int k = j * bits; k < (j + 1) * bits && k < 32; ++k) {
-          const int32_t c = call.hadamard_coefficients[32 * g + k];
-          *tables += v >> (k - j * bits) & 1 ? -c : c;
-        }
-      }
-}
-
 template <class L>
 struct Exports {
   static void free_scratch(Scratch* scratch) {
@@ -64,7 +49,7 @@ struct Exports {
   }
 
   static Scratch* make_scratch(const UpdateCall* update) {
-    constexpr int bits = L::table_bits, entries = ((32 + bits - 1) / bits) << bits;
+    using Tables = HadamardTables<L>;
     void* memory = aligned_alloc(64, (sizeof(TargetScratch) + 63) / 64 * 64);
     if (!memory) return nullptr;
     Scratch* scratch = static_cast<TargetScratch*>(memory);
@@ -76,12 +61,17 @@ struct Exports {
     const size_t count = static_cast<size_t>(update->count);
     b.streams = static_cast<Stream*>(malloc(sizeof(Stream) * count + 1));
     const bool tables = update->noise == Noise::hadamard;
-    if (tables) b.tables = static_cast<int32_t*>(malloc(sizeof(int32_t) * entries * count + 1));
+    if (tables)
+      b.tables =
+          static_cast<int32_t*>(aligned_alloc(64, (4 * Tables::words * count + 64) / 64 * 64));
     if (!b.streams || (tables && !b.tables)) {
       free_scratch(scratch);
       return nullptr;
     }
-    if (tables) fill_tables<L>(*update, b.tables);
+    b.table_base = 0;
+    for (int g = 0; tables && g < update->count; ++g)
+      b.table_base +=
+          Tables::fill(update->hadamard_coefficients + 32 * g, b.tables + Tables::words * g);
     return scratch;
   }
 

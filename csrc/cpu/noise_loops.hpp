@@ -22,12 +22,12 @@ struct Count {
 // Calls f(Count<B>, first counter) for batches of B * L::width counters: the target's favourite B,
 // then smaller ones for the rest. Only the last may reach past `counters`, by less than a width.
 template <class L, class F>
-static inline void for_batches(int counters, F&& f) {
+ESFAST_FN void for_batches(int counters, F&& f) {
   constexpr int W = L::width, B = L::batches;
   int c = 0;
   for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
   if (B > 2 && c + 2 * W <= counters) {
-    f(Count<B == 3 ? 2 : 1>{}, c);
+    f(Count<(B > 2) ? 2 : 1>{}, c);
     c += 2 * W;
   }
   for (; c < counters; c += W) f(Count<1>{}, c);
@@ -35,7 +35,7 @@ static inline void for_batches(int counters, F&& f) {
 
 template <class L>
 static void philox_words(const Stream& s, uint32_t counter, int counters, uint32_t* out) {
-  for_batches<L>(counters, [&](auto batches, int c) {
+  for_batches<L>(counters, [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
@@ -51,7 +51,7 @@ static void philox_words(const Stream& s, uint32_t counter, int counters, uint32
 template <class L>
 static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::f32 z[B][4];
     gaussian<L, B>(s, counter + static_cast<uint32_t>(c), z);
@@ -64,7 +64,7 @@ static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out)
 template <class L>
 static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::f32 acc[B][4], z[B][4];
     ESFAST_UNROLL
@@ -119,7 +119,7 @@ static void add_rademacher(const Stream* members, int count, uint64_t tile, int 
 template <class L>
 static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
@@ -133,31 +133,39 @@ static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tile
   });
 }
 
-template <class L>
-static void add_hadamard(const Stream* groups, int count, const int32_t* tables, float scale,
-                         uint64_t tile, int tiles, float* out) {
-  constexpr int bits = L::table_bits, kEntries = ((32 + bits - 1) / bits) << bits;
-  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) {
+// The integers of one group into `sums`: four vectors a batch of counters, not yet interleaved.
+template <class L, bool first>
+static void sum_hadamard(const Buffers& u, int group, uint32_t counter, int counters,
+                         uint32_t* sums) {
+  using Tables = HadamardTables<L>;
+  const int32_t* tables = u.tables + group * Tables::words;
+  for_batches<L>(counters, [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
-    typename L::u32 sum[B][4], words[B][4];
+    typename L::u32 words[B][4];
+    philox<L, B>(u.streams[group], counter + static_cast<uint32_t>(c), words);
     ESFAST_UNROLL
-    for (int b = 0; b < 4 * B; ++b) sum[b / 4][b % 4] = L::set(0);
-    for (int g = 0; g < count; ++g) {
-      philox<L, B>(groups[g], counter + static_cast<uint32_t>(c), words);
-      ESFAST_UNROLL
-      for (int b = 0; b < 4 * B; ++b)
-        sum[b / 4][b % 4] =
-            hadamard_sum<L>(sum[b / 4][b % 4], words[b / 4][b % 4], tables + g * kEntries);
-    }
-    ESFAST_UNROLL
-    for (int b = 0; b < B; ++b) {
-      typename L::f32 acc[4];
-      ESFAST_UNROLL
-      for (int j = 0; j < 4; ++j) acc[j] = L::mulf(L::from_int(sum[b][j]), L::setf(scale));
-      store_interleaved<L>(out + 4 * (c + b * L::width), acc);
+    for (int k = 0; k < 4 * B; ++k) {
+      uint32_t* at = sums + 4 * c + k * L::width;
+      const auto sum = first ? L::set(static_cast<uint32_t>(u.table_base)) : L::load(at);
+      L::store(at, Tables::add(sum, words[k / 4][k % 4], tables));
     }
   });
+}
+
+template <class L>
+static void add_hadamard(const Buffers& u, int count, float scale, uint64_t tile, int tiles,
+                         float* out) {
+  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  alignas(64) uint32_t sums[kBlock + kSlack];
+  sum_hadamard<L, true>(u, 0, counter, tiles * (kTile / 4), sums);
+  for (int g = 1; g < count; ++g) sum_hadamard<L, false>(u, g, counter, tiles * (kTile / 4), sums);
+  for (int i = 0; i < tiles * kTile; i += 4 * L::width) {
+    typename L::f32 acc[4];
+    ESFAST_UNROLL
+    for (int j = 0; j < 4; ++j)
+      acc[j] = L::mulf(L::from_int(L::load(sums + i + j * L::width)), L::setf(scale));
+    store_interleaved<L>(out + i, acc);
+  }
 }
 
 // Counter word 1 of a block: the blocks of the four noises hold 4, 128, 4 and 8 elements.
@@ -198,8 +206,7 @@ static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Blo
   if (call.noise == Noise::rademacher)
     add_rademacher<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
   if (call.noise == Noise::hadamard)
-    add_hadamard<L>(u.streams, call.count, u.tables, call.hadamard_scale, b.tile(), b.tiles(),
-                    u.noise);
+    add_hadamard<L>(u, call.count, call.hadamard_scale, b.tile(), b.tiles(), u.noise);
   return u.noise + b.lead();
 }
 

@@ -8,59 +8,63 @@ namespace esfast::ESFAST_LANES {
 template <class L, class Live, class Base>
 static void perturb_block(const Block& b, const float* noise, float scale) {
   for (int i = 0; i < b.count; i += kStep<L>) {
-    Weights<L> base, live;
-    Base::template load<L>(b.base + i * Base::bytes, base);
+    Weights<L> v;
+    Floats<L> t;
+    Base::template load<L>(b.base + i * Base::bytes, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
-      live[j] = Live::template to_store<L>(
-          perturbed<L, Base>(base[j], L::loadf(noise + i + j * L::width), scale));
-    Live::template store<L>(b.live + i * Live::bytes, live);
+      t[j] = perturbed<L, Base>(v[j], L::loadf(noise + i + j * L::width), scale);
+    Live::template round<L>(t, v);
+    Live::template store<L>(b.live + i * Live::bytes, v);
   }
 }
 
-// One group of up to 64: the mask of its exceptions, then the exceptions themselves.
+// One group of up to 64: a mask of its exceptions to `mask`, the exceptions themselves to `to`.
 template <class L, class T>
-static uint8_t* perturb_group(uint8_t* live, const float* noise, int count, float scale,
-                              uint8_t* record) {
+ESFAST_FN uint8_t* perturb_group(uint8_t* live, const float* noise, int count, float scale,
+                                 uint8_t* mask, uint8_t* to) {
   uint64_t marks = 0;
-  uint8_t* to = record + 8;
   for (int i = 0; i < count; i += kStep<L>) {
     uint8_t* at = live + i * T::bytes;
-    uint32_t same = 0;
-    Weights<L> old, now;
-    T::template load<L>(at, old);
+    Weights<L> v, back;
+    Floats<L> t, eps;
+    T::template load<L>(at, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j) {
-      const auto eps = L::loadf(noise + i + j * L::width);
-      now[j] = T::template nearest<L>(perturbed<L, T>(old[j], eps, scale));
-      const auto back = T::template nearest<L>(perturbed<L, T>(now[j], eps, -scale));
-      same |= L::bits_of(L::equal(back, old[j])) << (j * L::width);
+      eps[j] = L::loadf(noise + i + j * L::width);
+      t[j] = perturbed<L, T>(v[j], eps[j], scale);
     }
-    const uint32_t mark = kAll<L> & ~same;
+    T::template round<L>(t, v);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      t[j] = perturbed<L, T>(T::template clean<L>(v[j]), eps[j], -scale);
+    T::template round<L>(t, back);
+    const uint32_t mark = T::template differing<L>(at, back);
     to = L::template compress<T::bytes>(to, mark, at);
-    T::template store<L>(at, now);
+    T::template store<L>(at, v);
     marks |= static_cast<uint64_t>(mark) << i;
   }
-  memcpy(record, &marks, 8);
+  memcpy(mask, &marks, 8);
   return to;
 }
 
 template <class L, class T>
-static const uint8_t* restore_group(uint8_t* live, const float* noise, int count, float scale,
-                                    const uint8_t* record) {
+ESFAST_FN const uint8_t* restore_group(uint8_t* live, const float* noise, int count, float scale,
+                                       const uint8_t* mask, const uint8_t* from) {
   uint64_t marks;
-  memcpy(&marks, record, 8);
-  const uint8_t* from = record + 8;
+  memcpy(&marks, mask, 8);
   for (int i = 0; i < count; i += kStep<L>) {
     uint8_t* at = live + i * T::bytes;
     Weights<L> v;
+    Floats<L> t;
     T::template load<L>(at, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
-      v[j] = T::template to_store<L>(
-          perturbed<L, T>(v[j], L::loadf(noise + i + j * L::width), -scale));
+      t[j] = perturbed<L, T>(v[j], L::loadf(noise + i + j * L::width), -scale);
+    T::template round<L>(t, v);
     T::template store<L>(at, v);
-    from = L::template expand<T::bytes>(at, static_cast<uint32_t>(marks >> i) & kAll<L>, from);
+    from =
+        L::template expand<T::bytes>(at, static_cast<uint32_t>(marks >> i) & all_lanes<L>(), from);
   }
   return from;
 }
@@ -83,24 +87,31 @@ static void perturb_all(const Block& b, const float* noise, float scale) {
   perturb_block<Scalar, Live, Base>(tail, noise + head.count, scale);
 }
 
+// A block's record: the masks of its groups, then their exceptions. With the masks apart, a restore
+// knows where the next one lies without counting the marks of the one before.
 template <class L, class T>
-static uint8_t* perturb_recorded(const Block& b, const float* noise, float scale, uint8_t* to) {
+static uint8_t* perturb_recorded(const Block& b, const float* noise, float scale, uint8_t* mask) {
+  const int count = b.count;
+  uint8_t *to = mask + (count + 63) / 64 * 8, *live = b.live;
   int i = 0;
-  for (; i + 64 <= b.count; i += 64)
-    to = perturb_group<L, T>(b.live + i * T::bytes, noise + i, 64, scale, to);
-  if (i < b.count)
-    to = perturb_group<Scalar, T>(b.live + i * T::bytes, noise + i, b.count - i, scale, to);
+  for (; i + 64 <= count; i += 64, mask += 8)
+    to = perturb_group<L, T>(live + i * T::bytes, noise + i, 64, scale, mask, to);
+  if (i < count)
+    to = perturb_group<Scalar, T>(live + i * T::bytes, noise + i, count - i, scale, mask, to);
   return to;
 }
 
 template <class L, class T>
 static const uint8_t* restore_recorded(const Block& b, const float* noise, float scale,
-                                       const uint8_t* from) {
+                                       const uint8_t* mask) {
+  const int count = b.count;
+  const uint8_t* from = mask + (count + 63) / 64 * 8;
+  uint8_t* live = b.live;
   int i = 0;
-  for (; i + 64 <= b.count; i += 64)
-    from = restore_group<L, T>(b.live + i * T::bytes, noise + i, 64, scale, from);
-  if (i < b.count)
-    from = restore_group<Scalar, T>(b.live + i * T::bytes, noise + i, b.count - i, scale, from);
+  for (; i + 64 <= count; i += 64, mask += 8)
+    from = restore_group<L, T>(live + i * T::bytes, noise + i, 64, scale, mask, from);
+  if (i < count)
+    from = restore_group<Scalar, T>(live + i * T::bytes, noise + i, count - i, scale, mask, from);
   return from;
 }
 
@@ -144,25 +155,44 @@ static void copy_all(const Block& b) {
   copy_block<Scalar, Live, Base>(tail);
 }
 
-template <class L, class Live, class Base>
+template <class L, class Live, class Base, bool decays, bool stochastic>
 static uint32_t update_block(const Block& b, const float* acc, const float* anchor,
                              const uint16_t* random, const Rule& rule) {
   uint32_t saturated = 0;
   const bool mirrored = b.base != b.live;
   for (int i = 0; i < b.count; i += kStep<L>) {
-    Weights<L> v, live;
+    Weights<L> v, bits;
+    Floats<L> t;
     Base::template load<L>(b.base + i * Base::bytes, v);
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j) {
       const int at = i + j * L::width;
-      v[j] = update<L, Base>(Base::template widen<L>(v[j]), L::loadf(acc + at),
-                             L::loadf(anchor + at), L::load16(random + at), rule, saturated);
-      live[j] = Live::template to_store<L>(Base::template widen<L>(v[j]));
+      t[j] = L::addf(Base::template widen<L>(v[j]), L::loadf(acc + at));
+      if (decays) t[j] = decayed<L>(t[j], L::loadf(anchor + at), rule);
+      if (stochastic) bits[j] = L::load16(random + at);
     }
+    if (stochastic)
+      Base::template round_randomly<L>(t, bits, v, saturated);
+    else
+      Base::template round<L>(t, v);
     Base::template store<L>(b.base + i * Base::bytes, v);
-    if (mirrored) Live::template store<L>(b.live + i * Live::bytes, live);
+    if (!mirrored) continue;
+    if (Live::bytes != Base::bytes) Live::template round<L>(t, v);
+    Live::template store<L>(b.live + i * Live::bytes, v);
   }
   return saturated;
+}
+
+template <class L, class Live, class Base>
+static uint32_t update_part(const Block& b, const float* acc, const float* anchor,
+                            const uint16_t* random, const Rule& rule) {
+  constexpr bool drawn = Base::bytes < 4;  // fp32 has nothing to round
+  const bool decays = rule.decay != Decay::none;
+  if (drawn && rule.stochastic)
+    return decays ? update_block<L, Live, Base, true, drawn>(b, acc, anchor, random, rule)
+                  : update_block<L, Live, Base, false, drawn>(b, acc, anchor, random, rule);
+  return decays ? update_block<L, Live, Base, true, false>(b, acc, anchor, random, rule)
+                : update_block<L, Live, Base, false, false>(b, acc, anchor, random, rule);
 }
 
 template <class L, class Live, class Base>
@@ -171,8 +201,8 @@ static uint32_t update_all(const Block& b, const float* acc, const Buffers& u, c
   Block head, tail;
   split_block<L, Live, Base>(b, head, tail);
   const int n = head.count;
-  return update_block<L, Live, Base>(head, acc, u.anchor, random, rule) +
-         update_block<Scalar, Live, Base>(tail, acc + n, u.anchor + n, random + n, rule);
+  return update_part<L, Live, Base>(head, acc, u.anchor, random, rule) +
+         update_part<Scalar, Live, Base>(tail, acc + n, u.anchor + n, random + n, rule);
 }
 
 template <class L, class T>
@@ -202,7 +232,7 @@ static typename L::sum64 hash_block(typename L::sum64 sum, uint32_t key, uint32_
   typename L::u32 indices = L::load(lanes);
   for (int i = 0; i + L::width <= count; i += L::width) {
     const auto bits = T::template stored_bits<L>(live + i * T::bytes);
-    sum = hash<L>(sum, key, L::spread(indices), L::spread(bits));
+    sum = hash<L>(sum, key, indices, bits);
     indices = L::add(indices, L::set(L::width));
   }
   return sum;

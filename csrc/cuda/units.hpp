@@ -258,7 +258,7 @@ ESFAST_FN Raw perturb_unit(const Raw& base, const float (&z)[2][4], float scale)
   ESFAST_UNROLL
   for (int e = 0; e < 8; ++e) {
     const float v = perturbed<Thread, Base>(get<Base>(base, e), z[e / 4][e % 4], scale);
-    put<Live>(live, e, Live::template to_store<Thread>(v));
+    put<Live>(live, e, Live::template nearest<Thread>(v));
   }
   return live;
 }
@@ -359,7 +359,9 @@ ESFAST_FN Updated updated(const Raw& old, const float (&acc)[2][4], const float 
     uint32_t over = 0;
     const uint32_t bits = random[e / 2] >> (16 * (e % 2)) & 0xFFFFu;
     const float weight = Base::template widen<Thread>(get<Base>(old, e));
-    const uint32_t v = update<Thread, Base>(weight, acc[e / 4][e % 4], anchor[e], bits, rule, over);
+    const float t = decayed<Thread>(weight + acc[e / 4][e % 4], anchor[e], rule);
+    const uint32_t v = rule.stochastic ? Base::template stochastic<Thread>(t, bits, over)
+                                       : Base::template nearest<Thread>(t);
     out.saturated += e >= first && e < end ? over : 0u;
     put<Base>(out.base, e, v);
     if (Live::bytes != Base::bytes)

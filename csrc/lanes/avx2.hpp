@@ -1,5 +1,6 @@
 // Eight lanes: AVX2, FMA, F16C and POPCNT (Haswell, Zen 1 and later). See scalar.hpp for the
-// operations and avx512.hpp for how Philox's words lie in 64-bit lanes.
+// operations and avx512.hpp for how Philox multiplies. The lower halves of its products come from a
+// multiplication of their own, since two shuffles and a blend take longer than one vpmulld.
 #pragma once
 
 #include <immintrin.h>
@@ -14,50 +15,36 @@ namespace esfast::ESFAST_LANES {
 struct Avx2 {
   static constexpr int width = 8;
   static constexpr int vectors = 2;
-  static constexpr int batches = 3;
+  static constexpr int batches = 4;
   static constexpr int pairs = 2;
   static constexpr int table_bits = 3;
+  static constexpr bool byte_tables = false;
 
   using u32 = __m256i;
   using f32 = __m256;
-  struct wide {
-    __m256i even, odd;
+  struct product {
+    __m256i even, odd, low;  // 64-bit ones of lanes 0, 2, .. and 1, 3, ..; lower halves of all
   };
-  using product = wide;
-  using key = __m256i;
   using mask = __m256i;
   using sum64 = __m256i;
 
   // Lane 4q + r holds counter 2r + q.
-  ESFAST_FN wide counters(uint32_t base) {
-    const __m256i first = _mm256_set1_epi64x(base);
-    return {_mm256_add_epi64(first, _mm256_setr_epi64x(0, 4, 1, 5)),
-            _mm256_add_epi64(first, _mm256_setr_epi64x(2, 6, 3, 7))};
+  ESFAST_FN u32 counters(uint32_t base) {
+    return add(set(base), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   }
-  ESFAST_FN wide spread(u32 a) { return {a, shift_down(a)}; }
-  ESFAST_FN product multiply(wide a, uint32_t constant) {
+  ESFAST_FN product multiply(u32 a, uint32_t constant) {
     const __m256i c = _mm256_set1_epi64x(constant);
-    return {_mm256_mul_epu32(a.even, c), _mm256_mul_epu32(a.odd, c)};
+    return {_mm256_mul_epu32(a, c), _mm256_mul_epu32(shift_down(a), c),
+            _mm256_mullo_epi32(a, set(constant))};
   }
-  ESFAST_FN wide low(product p) { return p; }
-  ESFAST_FN wide high(product p) { return {shift_down(p.even), shift_down(p.odd)}; }
-  ESFAST_FN key make_key(uint32_t a) { return set(a); }
-  ESFAST_FN wide mix(wide a, key k) {
-    return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
-  }
-  ESFAST_FN wide mix(wide a, wide b, key k) {
-    const wide keyed = mix(b, k);  // off the multiply's critical path
-    return {_mm256_xor_si256(a.even, keyed.even), _mm256_xor_si256(a.odd, keyed.odd)};
-  }
-  ESFAST_FN u32 narrow_low(product p) { return narrow(p); }
-  ESFAST_FN u32 narrow_high(product p, wide b, key k) {  // high(p) ^ b ^ k
-    const __m256i high = _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA);
-    return _mm256_xor_si256(high, _mm256_xor_si256(narrow(b), k));
-  }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
-    const wide keyed = mix(y, k);
-    const __m256i even = _mm256_xor_si256(p.even, _mm256_slli_epi64(keyed.even, 32));
-    const __m256i odd = _mm256_xor_si256(p.odd, _mm256_slli_epi64(keyed.odd, 32));
+  ESFAST_FN u32 low(product p) { return p.low; }
+  ESFAST_FN u32 high(product p) { return _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA); }
+  ESFAST_FN u32 make_key(uint32_t a) { return set(a); }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
+    const u32 keyed = xor_(y, k);
+    const __m256i even = _mm256_xor_si256(p.even, _mm256_slli_epi64(keyed, 32));
+    const __m256i odd =
+        _mm256_xor_si256(p.odd, _mm256_slli_epi64(_mm256_srli_epi64(keyed, 32), 32));
     return _mm256_add_epi64(sum, _mm256_add_epi64(even, odd));
   }
   ESFAST_FN sum64 zero64() { return _mm256_setzero_si256(); }
@@ -87,9 +74,20 @@ struct Avx2 {
         _mm256_packus_epi32(_mm256_srli_epi32(v[0], 16), _mm256_srli_epi32(v[1], 16));
     store32(p, _mm256_permute4x64_epi64(packed, 0xD8));
   }
+  ESFAST_FN uint32_t differing_high(const void* p, const u32 (&v)[2]) {
+    const __m256i zero = _mm256_setzero_si256();
+    u32 old[2];
+    load_high(p, old);
+    const uint32_t same0 = bits_of(_mm256_cmpeq_epi32(shr<16>(xor_(old[0], v[0])), zero));
+    const uint32_t same1 = bits_of(_mm256_cmpeq_epi32(shr<16>(xor_(old[1], v[1])), zero));
+    return ~(same0 | same1 << 8) & 0xFFFFu;
+  }
   ESFAST_FN u32 and_(u32 a, u32 b) { return _mm256_and_si256(a, b); }
   ESFAST_FN u32 or_(u32 a, u32 b) { return _mm256_or_si256(a, b); }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return _mm256_xor_si256(a, b); }
+  ESFAST_FN u32 xor3(u32 a, u32 b, u32 c) {  // b ^ c first: a comes from a multiplication
+    return _mm256_xor_si256(a, _mm256_xor_si256(b, c));
+  }
   ESFAST_FN u32 add(u32 a, u32 b) { return _mm256_add_epi32(a, b); }
   ESFAST_FN u32 sub(u32 a, u32 b) { return _mm256_sub_epi32(a, b); }
   template <int N>
@@ -138,6 +136,7 @@ struct Avx2 {
   ESFAST_FN u32 truncate(f32 a) { return _mm256_cvttps_epi32(a); }
   ESFAST_FN mask less(f32 a, f32 b) { return as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   ESFAST_FN mask is_nan(f32 a) { return as_bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+  ESFAST_FN mask unordered(f32 a, f32 b) { return as_bits(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
   ESFAST_FN f32 addf(f32 a, f32 b) { return _mm256_add_ps(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
   ESFAST_FN f32 mulf(f32 a, f32 b) { return _mm256_mul_ps(a, b); }
@@ -206,9 +205,6 @@ struct Avx2 {
     const __m128i at = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight));
     const __m128i first = _mm_add_epi8(at, at);
     return _mm_unpacklo_epi8(first, _mm_or_si128(first, _mm_set1_epi8(1)));
-  }
-  ESFAST_FN u32 narrow(wide a) {
-    return _mm256_blend_epi32(a.even, _mm256_castps_si256(_mm256_moveldup_ps(ps(a.odd))), 0xAA);
   }
   ESFAST_FN __m256 ps(__m256i a) { return _mm256_castsi256_ps(a); }
   ESFAST_FN __m256i shift_down(__m256i a) { return _mm256_castps_si256(_mm256_movehdup_ps(ps(a))); }

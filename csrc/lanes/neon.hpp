@@ -18,36 +18,30 @@ struct Neon {
   static constexpr int batches = 2;
   static constexpr int pairs = 2;
   static constexpr int table_bits = 4;
+  static constexpr bool byte_tables = false;
 
   using u32 = uint32x4_t;
   using f32 = float32x4_t;
-  using wide = uint32x4_t;
   struct product {
     uint32x4_t first, second;  // the 64-bit products of lanes 0, 1 and of lanes 2, 3
   };
-  using key = uint32x4_t;
   using mask = uint32x4_t;
   using sum64 = uint64x2_t;
 
-  ESFAST_FN wide counters(uint32_t base) {
+  ESFAST_FN u32 counters(uint32_t base) {
     const uint32_t offsets[4] = {0, 1, 2, 3};
     return vaddq_u32(vdupq_n_u32(base), vld1q_u32(offsets));
   }
-  ESFAST_FN wide spread(u32 a) { return a; }
-  ESFAST_FN product multiply(wide a, uint32_t constant) {
+  ESFAST_FN product multiply(u32 a, uint32_t constant) {
     const uint32x4_t c = vdupq_n_u32(constant);
     return {vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), vget_low_u32(c))),
             vreinterpretq_u32_u64(vmull_high_u32(a, c))};
   }
-  ESFAST_FN wide low(product p) { return vuzp1q_u32(p.first, p.second); }
-  ESFAST_FN wide high(product p) { return vuzp2q_u32(p.first, p.second); }
-  ESFAST_FN key make_key(uint32_t a) { return vdupq_n_u32(a); }
-  ESFAST_FN wide mix(wide a, key k) { return veorq_u32(a, k); }
-  ESFAST_FN wide mix(wide a, wide b, key k) { return veorq_u32(a, veorq_u32(b, k)); }
-  ESFAST_FN u32 narrow_low(product p) { return low(p); }
-  ESFAST_FN u32 narrow_high(product p, wide b, key k) { return mix(high(p), b, k); }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
-    const uint32x4_t keyed = mix(y, k), zero = vdupq_n_u32(0);
+  ESFAST_FN u32 low(product p) { return vuzp1q_u32(p.first, p.second); }
+  ESFAST_FN u32 high(product p) { return vuzp2q_u32(p.first, p.second); }
+  ESFAST_FN u32 make_key(uint32_t a) { return vdupq_n_u32(a); }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
+    const uint32x4_t keyed = xor_(y, k), zero = vdupq_n_u32(0);
     const uint32x4_t first = veorq_u32(p.first, vzip1q_u32(zero, keyed));
     const uint32x4_t second = veorq_u32(p.second, vzip2q_u32(zero, keyed));
     return vaddq_u64(sum, vaddq_u64(vreinterpretq_u64_u32(first), vreinterpretq_u64_u32(second)));
@@ -80,9 +74,17 @@ struct Neon {
     const uint16x8_t odd = vuzp2q_u16(vreinterpretq_u16_u32(v[0]), vreinterpretq_u16_u32(v[1]));
     vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u16(odd));
   }
+  ESFAST_FN uint32_t differing_high(const void* p, const u32 (&v)[2]) {
+    u32 old[2];
+    load_high(p, old);
+    const uint32_t same0 = bits_of(vceqq_u32(shr<16>(old[0]), shr<16>(v[0])));
+    const uint32_t same1 = bits_of(vceqq_u32(shr<16>(old[1]), shr<16>(v[1])));
+    return ~(same0 | same1 << 4) & 0xFFu;
+  }
   ESFAST_FN u32 and_(u32 a, u32 b) { return vandq_u32(a, b); }
   ESFAST_FN u32 or_(u32 a, u32 b) { return vorrq_u32(a, b); }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return veorq_u32(a, b); }
+  ESFAST_FN u32 xor3(u32 a, u32 b, u32 c) { return veorq_u32(a, veorq_u32(b, c)); }
   ESFAST_FN u32 add(u32 a, u32 b) { return vaddq_u32(a, b); }
   ESFAST_FN u32 sub(u32 a, u32 b) { return vsubq_u32(a, b); }
   template <int N>
@@ -132,6 +134,7 @@ struct Neon {
   ESFAST_FN u32 truncate(f32 a) { return vreinterpretq_u32_s32(vcvtq_s32_f32(a)); }
   ESFAST_FN mask less(f32 a, f32 b) { return vcltq_f32(a, b); }
   ESFAST_FN mask is_nan(f32 a) { return vmvnq_u32(vceqq_f32(a, a)); }
+  ESFAST_FN mask unordered(f32 a, f32 b) { return vornq_u32(is_nan(a), vceqq_f32(b, b)); }
   ESFAST_FN f32 addf(f32 a, f32 b) { return vaddq_f32(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return vsubq_f32(a, b); }
   ESFAST_FN f32 mulf(f32 a, f32 b) { return vmulq_f32(a, b); }

@@ -3,9 +3,7 @@
 // A lane type gives `width` 32-bit lanes, in which lane j of a batch of counters holds counter
 // `base + counter_of(j)`, and about forty operations named alike on every target:
 //   u32, f32      vectors of 32-bit words and of fp32;  mask: a truth value a lane
-//   wide          Philox words where the target can multiply them (one a 64-bit lane on x86);
-//                 only the low 32 bits of each are defined
-//   product       the 64-bit products of a wide and a constant; low(), high() split it
+//   product       the 64-bit products of a vector and a constant; low(), high() split it
 //   interleave    four vectors z0..z3 in counter order -> 4 * width elements in memory order
 //   lookup        32-bit entries of a table of 1 << table_bits, indexed by the low bits of a lane
 #pragma once
@@ -22,29 +20,23 @@ struct Scalar {
   static constexpr int batches = 1;  // of counters in flight: one alone waits for its multiplies
   static constexpr int pairs = 1;    // of normals computed in step
   static constexpr int table_bits = 8;
+  static constexpr bool byte_tables = false;
 
   using u32 = uint32_t;
   using f32 = float;
-  using wide = uint32_t;
   using product = uint64_t;
-  using key = uint32_t;
   using mask = bool;
   using sum64 = uint64_t;
 
   // Philox words.
-  ESFAST_FN wide counters(uint32_t base) { return base; }
-  ESFAST_FN wide spread(u32 a) { return a; }
-  ESFAST_FN product multiply(wide a, uint32_t constant) {
+  ESFAST_FN u32 counters(uint32_t base) { return base; }
+  ESFAST_FN product multiply(u32 a, uint32_t constant) {
     return static_cast<uint64_t>(a) * constant;
   }
-  ESFAST_FN wide low(product p) { return static_cast<uint32_t>(p); }
-  ESFAST_FN wide high(product p) { return static_cast<uint32_t>(p >> 32); }
-  ESFAST_FN key make_key(uint32_t a) { return a; }
-  ESFAST_FN wide mix(wide a, key k) { return a ^ k; }
-  ESFAST_FN wide mix(wide a, wide b, key k) { return a ^ b ^ k; }
-  ESFAST_FN u32 narrow_low(product p) { return low(p); }
-  ESFAST_FN u32 narrow_high(product p, wide b, key k) { return high(p) ^ b ^ k; }
-  ESFAST_FN sum64 accumulate(sum64 sum, product p, wide y, key k) {
+  ESFAST_FN u32 low(product p) { return static_cast<uint32_t>(p); }
+  ESFAST_FN u32 high(product p) { return static_cast<uint32_t>(p >> 32); }
+  ESFAST_FN u32 make_key(uint32_t a) { return a; }
+  ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
     return sum + (p ^ (static_cast<uint64_t>(y ^ k) << 32));
   }
   ESFAST_FN sum64 zero64() { return 0; }
@@ -72,9 +64,14 @@ struct Scalar {
   // 16-bit values in the upper halves of the lanes of `vectors` vectors.
   ESFAST_FN void load_high(const void* p, u32 (&v)[1]) { v[0] = load16(p) << 16; }
   ESFAST_FN void store_high(void* p, const u32 (&v)[1]) { store16(p, v[0] >> 16); }
+  // A bit for each 16-bit value at `p` that is not the upper half of its lane in `v`.
+  ESFAST_FN uint32_t differing_high(const void* p, const u32 (&v)[1]) {
+    return load16(p) != v[0] >> 16;
+  }
   ESFAST_FN u32 and_(u32 a, u32 b) { return a & b; }
   ESFAST_FN u32 or_(u32 a, u32 b) { return a | b; }
   ESFAST_FN u32 xor_(u32 a, u32 b) { return a ^ b; }
+  ESFAST_FN u32 xor3(u32 a, u32 b, u32 c) { return a ^ b ^ c; }
   ESFAST_FN u32 add(u32 a, u32 b) { return a + b; }
   ESFAST_FN u32 sub(u32 a, u32 b) { return a - b; }
   template <int N>
@@ -128,6 +125,7 @@ struct Scalar {
   ESFAST_FN u32 truncate(f32 a) { return static_cast<uint32_t>(static_cast<int32_t>(a)); }
   ESFAST_FN mask less(f32 a, f32 b) { return a < b; }
   ESFAST_FN mask is_nan(f32 a) { return a != a; }
+  ESFAST_FN mask unordered(f32 a, f32 b) { return a != a || b != b; }
 #if defined(__CUDA_ARCH__)
   ESFAST_FN f32 addf(f32 a, f32 b) { return __fadd_rn(a, b); }
   ESFAST_FN f32 subf(f32 a, f32 b) { return __fsub_rn(a, b); }
