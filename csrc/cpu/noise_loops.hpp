@@ -20,16 +20,14 @@ struct Count {
 };
 
 // Calls f(Count<B>, first counter) for batches of B * L::width counters: the target's favourite B,
-// then smaller ones for the rest. Only the last may reach past `counters`, by less than a width.
+// then pairs and single ones for the rest. Only the last may reach past `counters`, by less than a
+// width.
 template <class L, class F>
 ESFAST_FN void for_batches(int counters, F&& f) {
-  constexpr int W = L::width, B = L::batches;
+  constexpr int W = L::width, B = L::batches, rest = B > 2 ? 2 : 1;
   int c = 0;
   for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
-  if (B > 2 && c + 2 * W <= counters) {
-    f(Count<(B > 2) ? 2 : 1>{}, c);
-    c += 2 * W;
-  }
+  for (; rest < B && c + rest * W <= counters; c += rest * W) f(Count<rest>{}, c);
   for (; c < counters; c += W) f(Count<1>{}, c);
 }
 

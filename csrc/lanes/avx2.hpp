@@ -15,8 +15,8 @@ namespace esfast::ESFAST_LANES {
 struct Avx2 {
   static constexpr int width = 8;
   static constexpr int vectors = 2;
-  static constexpr int batches = 4;
-  static constexpr int pairs = 2;
+  static constexpr int batches = 8;
+  static constexpr int pairs = 4;
   static constexpr int table_bits = 3;
   static constexpr bool byte_tables = false;
 
