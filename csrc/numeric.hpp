@@ -28,7 +28,39 @@ ESFAST_FN uint32_t all_lanes() {
   return static_cast<uint32_t>((1ull << L::vectors * L::width) - 1);
 }
 
-struct Float32 {
+// For dtypes that gain nothing from rounding several vectors at once.
+template <class Dtype>
+struct VectorByVector {
+  template <class L>
+  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = Dtype::template nearest<L>(t[j]);
+  }
+  template <class L>
+  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
+                                uint32_t& saturated) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = Dtype::template stochastic<L>(t[j], random[j], saturated);
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
+    return v;
+  }
+  // A bit for each weight at `p` that is not the same as in `v`.
+  template <class L>
+  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
+    Weights<L> old;
+    uint32_t same = 0;
+    Dtype::template load<L>(p, old);
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j)
+      same |= L::bits_of(L::equal(v[j], old[j])) << (j * L::width);
+    return ~same & all_lanes<L>();
+  }
+};
+
+struct Float32 : VectorByVector<Float32> {
   static constexpr int bytes = 4;
 
   template <class L>
@@ -52,32 +84,6 @@ struct Float32 {
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
     return canonical<L>(t);
-  }
-  template <class L>
-  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j) v[j] = nearest<L>(t[j]);
-  }
-  template <class L>
-  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
-                                uint32_t& saturated) {
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j) v[j] = stochastic<L>(t[j], random[j], saturated);
-  }
-  template <class L>
-  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
-    return v;
-  }
-  // A bit for each weight at `p` that is not the same as in `v`.
-  template <class L>
-  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
-    Weights<L> old;
-    uint32_t same = 0;
-    load<L>(p, old);
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j)
-      same |= L::bits_of(L::equal(v[j], old[j])) << (j * L::width);
-    return ~same & all_lanes<L>();
   }
   template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {
@@ -181,7 +187,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
+struct Float16 : VectorByVector<Float16> {
   static constexpr int bytes = 2;
 
   template <class L>
@@ -205,32 +211,6 @@ struct Float16 {
   template <class L>
   ESFAST_FN typename L::u32 nearest(typename L::f32 t) {
     return L::to_half(L::as_float(canonical<L>(t)));
-  }
-  template <class L>
-  ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j) v[j] = nearest<L>(t[j]);
-  }
-  template <class L>
-  ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
-                                uint32_t& saturated) {
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j) v[j] = stochastic<L>(t[j], random[j], saturated);
-  }
-  template <class L>
-  ESFAST_FN typename L::u32 clean(typename L::u32 v) {
-    return v;
-  }
-  // A bit for each weight at `p` that is not the same as in `v`.
-  template <class L>
-  ESFAST_FN uint32_t differing(const void* p, const Weights<L>& v) {
-    Weights<L> old;
-    uint32_t same = 0;
-    load<L>(p, old);
-    ESFAST_UNROLL
-    for (int j = 0; j < L::vectors; ++j)
-      same |= L::bits_of(L::equal(v[j], old[j])) << (j * L::width);
-    return ~same & all_lanes<L>();
   }
   template <class L>
   ESFAST_FN typename L::u32 narrow(typename L::f32 t) {  // as BFloat16::narrow
