@@ -1,0 +1,161 @@
+"""Writing a journal: a record is there whole and synced or it is not, whatever fails meanwhile."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from journals import HEADER, WHOLE, generation, same, written
+
+from esfast import ConfigError, EsfastError, StateError
+from esfast.journal import JournalWriter, read_journal
+from esfast.journal_format import MarkRecord, SegmentRecord
+
+
+def test_a_journal_is_made_once(tmp_path):
+    path = written(tmp_path / "j", [])
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="is there already"):
+        JournalWriter.create(path, HEADER)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["j"]
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    with JournalWriter.create(tmp_path / "j", HEADER) as writer:
+        with pytest.raises(StateError, match="another process"):
+            JournalWriter.resume(tmp_path / "j")
+        writer.append(generation(0))
+    with JournalWriter.resume(tmp_path / "j") as writer:
+        assert writer.generation == 1
+    with pytest.raises(StateError, match="closed"):
+        writer.append(generation(1))
+
+
+def test_a_torn_end_is_cut_off_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(WHOLE[:-30])
+    with JournalWriter.resume(path) as writer:
+        assert writer.journal.torn is not None and "record 11" in writer.journal.torn
+        writer.append(MarkRecord(9, "1" * 16))
+    assert path.read_bytes() == WHOLE
+
+
+def test_nothing_is_left_of_a_torn_end(tmp_path):
+    """A torn record that is longer than what is written next."""
+    path = written(tmp_path / "j", [generation(n) for n in range(4)])
+    path.write_bytes(path.read_bytes()[:-1])
+    with JournalWriter.resume(path) as writer:
+        writer.append(MarkRecord(3, "1" * 16))
+    journal = read_journal(path)
+    assert journal.torn is None and same(journal.records[-1], MarkRecord(3, "1" * 16))
+
+
+@pytest.mark.parametrize("bad", [generation(5), MarkRecord(3, "0" * 16), SegmentRecord(1, {})])
+def test_a_record_out_of_order_is_not_written(tmp_path, bad):
+    with JournalWriter.create(tmp_path / "j", HEADER) as writer:
+        before = (tmp_path / "j").read_bytes()
+        with pytest.raises(StateError, match="apart"):
+            writer.append(bad)
+        assert (tmp_path / "j").read_bytes() == before
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    with JournalWriter.create(tmp_path / "j", HEADER) as writer:
+        with pytest.raises(StateError, match="5 coefficients for 6 draws"):
+            writer.append(generation(0, coefficients=np.ones(5, "f4")))
+        writer.append(generation(0))
+    assert len(read_journal(tmp_path / "j").generations) == 1
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
+    """A real limit on the size of files: the write stops in the middle of a record."""
+    path = tmp_path / "j"
+    with JournalWriter.create(path, HEADER) as writer:
+        writer.append(generation(0))
+        before = path.read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+        try:
+            with pytest.raises(
+                EsfastError, match=r"cannot write .*What was written before is whole"
+            ):
+                writer.append(generation(1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        writer.append(generation(1))
+    assert len(read_journal(path).generations) == 2
+
+
+def test_a_sync_that_fails_takes_the_record_back(tmp_path, monkeypatch):
+    path = tmp_path / "j"
+    with JournalWriter.create(path, HEADER) as writer:
+        before = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+            with pytest.raises(EsfastError, match="I/O error"):
+                writer.append(generation(0))
+        assert path.read_bytes() == before
+        writer.append(generation(0))
+
+
+def interrupting(number):
+    """A profile function that raises KeyboardInterrupt at the n-th call or return inside esfast."""
+    seen = 0
+
+    def profile(frame, event, argument):
+        nonlocal seen
+        if "esfast" in Path(frame.f_code.co_filename).parts and event != "c_call":
+            seen += 1
+            if seen == number:
+                raise KeyboardInterrupt
+
+    return profile
+
+
+def test_an_interrupt_anywhere_leaves_a_whole_journal(tmp_path):
+    """Ctrl-C at any call of append: the record is there or it is not, and the next one fits."""
+    number, interrupted = 0, True
+    while interrupted:
+        number += 1
+        path = tmp_path / str(number)
+        with JournalWriter.create(path, HEADER) as writer:
+            writer.append(generation(0))
+            interrupted = False
+            sys.setprofile(interrupting(number))
+            try:
+                writer.append(generation(1))
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.setprofile(None)
+            done = writer.generation
+            writer.append(MarkRecord(done, "1" * 16))
+        journal = read_journal(path)
+        assert journal.torn is None and len(journal.generations) == done
+        assert done in (1, 2) and isinstance(journal.records[-1], MarkRecord), number
+    assert number > 15 and done == 2
+
+
+def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):
+    events: list[str] = []
+    write, sync = os.write, os.fsync
+    monkeypatch.setattr(os, "write", lambda *a: events.append("write") or write(*a))
+    monkeypatch.setattr(os, "fsync", lambda *a: events.append("sync") or sync(*a))
+    with JournalWriter.create(tmp_path / "j", HEADER) as writer:
+        assert events == ["write", "sync", "sync"]  # the header, then the folder's entry
+        events.clear()
+        writer.append(generation(0))
+    assert events == ["write", "sync"]
+    events.clear()
+    JournalWriter.resume(tmp_path / "j").close()
+    assert events == ["sync"]  # its last record may never have been
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(EsfastError, match="no such folder"):
+        JournalWriter.create(tmp_path / "nowhere" / "j", HEADER)
