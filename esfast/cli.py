@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
 
 from esfast import __version__, info
+from esfast.bench import add_bench_arguments, run_bench
 from esfast.continual_command import add_continual_arguments, run_continual
 from esfast.diagnosis import add_forgetting_arguments, run_forgetting
 from esfast.errors import EsfastError
@@ -75,73 +74,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"esfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a model; alone: a small chat model and task, minutes on two cores",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_train_arguments(train)
-    train.set_defaults(run=run_train)
-    grpo = commands.add_parser(
-        "grpo",
-        help="the same by GRPO, through TRL: a baseline with the same task, prompts and account",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_grpo_arguments(grpo)
-    grpo.set_defaults(run=run_grpo)
-    diagnosed = commands.add_parser(
-        "forgetting",
-        help="what runs and checkpoints changed: weights by layer and group, KL, scores",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_forgetting_arguments(diagnosed)
-    diagnosed.set_defaults(run=run_forgetting)
-    continual = commands.add_parser(
-        "continual",
-        help="one task after another from the same weights, all of them evaluated throughout",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve",
-        allow_abbrev=False,
-    )
-    add_continual_arguments(continual)
-    continual.set_defaults(run=run_continual)
-    _add_journal_commands(commands)
-    if find_spec("esfast.bench") is not None:
-        bench = import_module("esfast.bench")
-        measured = commands.add_parser(
-            "bench", help="measure the kernels on this machine", allow_abbrev=False
-        )
-        bench.add_bench_arguments(measured)
-        measured.set_defaults(run=bench.run_bench)
-    reported = commands.add_parser(
-        "report", help="run folders as one HTML file: curves, drift, cost", allow_abbrev=False
-    )
-    add_report_arguments(reported)
-    reported.set_defaults(run=run_report)
-    shown = commands.add_parser("info", help="versions, targets, devices, build")
-    shown.set_defaults(run=_run_info)
+    for name, add_arguments, run, about in (
+        ("train", add_train_arguments, run_train,
+         "fine-tune a model; alone: a small chat model and task, minutes on two cores"),
+        ("grpo", add_grpo_arguments, run_grpo,
+         "the same by GRPO, through TRL: a baseline with the same task, prompts and account"),
+        ("forgetting", add_forgetting_arguments, run_forgetting,
+         "what runs and checkpoints changed: weights by layer and group, KL, scores"),
+        ("continual", add_continual_arguments, run_continual,
+         "one task after another from the same weights, all of them evaluated throughout"),
+        ("replay", add_replay_arguments, run_replay,
+         "base model + a run's journal: the tuned model"),
+        ("export-adapter", add_export_arguments, run_export, "a run as one small file"),
+        ("apply", add_apply_arguments, run_replay,
+         "base model + an exported run: the tuned model"),
+        ("bench", add_bench_arguments, run_bench, "measure the kernels on this machine"),
+        ("report", add_report_arguments, run_report,
+         "run folders as one HTML file: curves, drift, cost"),
+        ("info", lambda _: None, _run_info, "versions, targets, devices, build"),
+    ):  # fmt: skip
+        command = commands.add_parser(name, help=about, allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run=run)
     return parser
-
-
-def _add_journal_commands(commands: argparse._SubParsersAction[Parser]) -> None:
-    replayed = commands.add_parser(
-        "replay", help="base model + a run's journal: the tuned model", allow_abbrev=False
-    )
-    add_replay_arguments(replayed)
-    replayed.set_defaults(run=run_replay)
-    exported = commands.add_parser(
-        "export-adapter", help="a run as one small file", allow_abbrev=False
-    )
-    add_export_arguments(exported)
-    exported.set_defaults(run=run_export)
-    applied = commands.add_parser(
-        "apply", help="base model + an exported run: the tuned model", allow_abbrev=False
-    )
-    add_apply_arguments(applied)
-    applied.set_defaults(run=run_replay)
 
 
 def _lacks_memory(error: Exception) -> bool:

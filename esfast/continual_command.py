@@ -35,7 +35,7 @@ from esfast.prior import PriorTasks
 from esfast.prior.evaluation import OwnTask, PriorTask, label
 from esfast.prior.scores import KINDS
 from esfast.provenance import provenance
-from esfast.resume import PastRun
+from esfast.resume import PastRun, flags_of, given_flags
 from esfast.run_folder import CONFIG, read_config, read_json, require_free
 from esfast.train_command import run_job
 from esfast.train_flags import add_train_arguments, prior_of, strategy_of, task_of
@@ -48,10 +48,8 @@ ONE_TASK = ("task", "data", "eval_data", "reward")
 
 
 def add_continual_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `esfast train`, but a list of tasks for one, each with its generations.
-
-    The parser needs conflict_handler="resolve".
-    """
+    """The flags of `esfast train`, but a list of tasks for one, each with its generations."""
+    parser.conflict_handler = "resolve"  # the flags below replace those of the same name
     add_train_arguments(parser)
     group = parser.add_argument_group("sequence")
     group.add_argument(
@@ -128,9 +126,11 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
 
 def _taken_up(args: argparse.Namespace) -> TaskSequence:
     """A sequence that goes on with its own flags. Raises ConfigError where others are given."""
-    given = sorted(_given(args.command_line).keys() - {"resume"})
-    if given:
-        flag = given[0].replace("_", "-")
+    start = args.command_line.index("continual") + 1
+    given = given_flags(args.command_line[start:], add_continual_arguments)
+    others = sorted(given.keys() - {"resume"})
+    if others:
+        flag = others[0].replace("_", "-")
         raise ConfigError(f"a sequence goes on with its own flags; leave out --{flag}.")
     folder = Path(args.resume)
     recorded = read_json(folder / CONTINUAL)
@@ -243,30 +243,12 @@ def _write(sequence: TaskSequence, status: str) -> None:
         "generations": [stage.generations for stage in stages],
         "decay": args.weight_decay_type,
         "anchor": args.anchor if args.weight_decay_type != "none" else None,
-        "arguments": {name: getattr(args, name) for name in _flags()},
+        "arguments": flags_of(args, add_continual_arguments),
         "stages": chain_of([stage for stage in stages if stage.finished]),
         "results": results(stages),
     }
     with whole_file(sequence.folder / CONTINUAL) as file:
         file.write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(conflict_handler="resolve", allow_abbrev=False)
-    add_continual_arguments(parser)
-    return parser
-
-
-def _flags() -> list[str]:
-    return [name for name in vars(_parser().parse_args([])) if name != "resume"]
-
-
-def _given(command_line: Sequence[str]) -> dict[str, Any]:
-    """The flags that a command line gives, without anybody's defaults."""
-    parser = _parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(command_line[command_line.index("continual") + 1 :]))
 
 
 def _sources(text: str | None) -> list[str]:

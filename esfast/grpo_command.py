@@ -54,6 +54,7 @@ NOT_TUNED = (
 
 def add_grpo_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast grpo`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     _add_model_flags(parser.add_argument_group("model"))
     add_task_flags(parser.add_argument_group("task"))
     _add_grpo_flags(parser.add_argument_group("GRPO"))

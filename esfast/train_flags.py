@@ -35,6 +35,7 @@ AUTO = "auto"
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast train`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add_model_flags(parser.add_argument_group("model"))
     add_engine_flags(parser.add_argument_group("engine"))
     add_task_flags(parser.add_argument_group("task"))

@@ -40,6 +40,7 @@ LENGTHS = ("whole", "tensor")
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast forgetting`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("subjects", nargs="+", metavar="RUN", help="run folder, or a checkpoint's")
     parser.add_argument("--base", required=True, metavar="MODEL", help="the runs' --model")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty")
