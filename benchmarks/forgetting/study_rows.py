@@ -121,15 +121,13 @@ def drift_rows(run: StudyRun, work: Work) -> list[Row]:
     if not path.exists() or run.arm.command != "train":
         return []
     journal = read_journal(work.folder(run))
-    decay = journal.header.config.decay
     rows = []
     for drift in read_json(path)["subjects"][0]["drift"]:
         whole, generation = drift["whole"], drift["generation"]
         row = {"run": run.key, "arm": run.arm.name, "seed": run.seed, "generation": generation}
         row |= {name: whole[name] for name in ("norm", "relative_norm", "unchanged")}
-        if decay is None or decay.kind == "l2":
-            norms = norms_of_coefficients(journal.generations, whole["elements"])
-            row["norm_of_coefficients"] = float(norms[generation])
+        norms = norms_of_coefficients(journal.generations, whole["elements"])
+        row["norm_of_coefficients"] = float(norms[generation])
         rows.append(row)
     return rows
 

@@ -29,7 +29,7 @@ SUBJECT, a run or a checkpoint:
      "chain": hex or null,                     # the journal's check value at its end
      "settings": {...} or null,                # sigma, alpha, population_size, decay, ... of a run
      "noise_norms": [float, ...] or null,      # generation 0, 1, ...: the norm that coefficients
-                                               # give by laws.py; null: l1 decay, checkpoints
+                                               # give by laws.py; null: checkpoints
      "dtype": str,                             # of the weights, and of the units in the last place
      "drift": [DRIFT, ...],                    # a measured generation each, rising
      "kl": [KL, ...], "scores": [SCORE, ...]}

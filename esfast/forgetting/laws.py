@@ -7,12 +7,14 @@ d >> T N dimensions). After T generations of d elements the norm of the change i
     no decay      alpha sqrt(T d / N)                         a random walk
     l2 decay      sqrt(alpha d / (2 lambda N)), reached with time constant 1 / (alpha lambda)
     l2, exactly   q k sqrt(d (1 - k^2T) / (1 - k^2)), k = 1 - alpha lambda
+    l1 decay      sqrt(d / 2) alpha / (lambda N), reached with time constant 2 / (lambda^2 N)
+    l1, exactly   solved numerically, by esfast.forgetting.l1_walk
 
 Weights of 16 bits under stochastic rounding walk further: a step x leaves an element between two
 neighbours, u apart, and the draw adds variance u^2 f (1 - f), f = frac(|x| / u). docs/forgetting.md
-derives the rest. Sources: the norms arXiv 2605.30148; the rounding noise is derived there.
-What this does not promise: the laws of nearest rounding (it has none: small steps are lost), or of
-l1 decay; elements whose last place changes on the way count with the one that they started with.
+derives the rest. Sources: walk and l2 norms arXiv 2605.30148; rounding noise and l1 derived there.
+What this does not promise: laws of nearest rounding (it has none: small steps are lost); elements
+whose last place changes on the way count with the one that they started with.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from esfast.errors import ConfigError, ParameterError
+from esfast.forgetting import l1_walk
 from esfast.forgetting.change import ulp
 from esfast.journal_format import GenerationRecord
 from esfast.strategy import AnchoredDecay
@@ -65,6 +68,56 @@ def l2_norm(
     return math.sqrt(elements * variance)
 
 
+def l1_plateau_norm(alpha: float, weight: float, population_size: int, elements: int) -> float:
+    """sqrt(d / 2) alpha / (lambda N), for lambda^2 N << 1 (lambda^2 N too high in norm^2).
+
+    weight: lambda, positive. Each change has a Laplace density of scale q^2 / (2 alpha lambda).
+    """
+    _l1_pull(alpha, weight)
+    return math.sqrt(elements / 2) * alpha / (weight * population_size)
+
+
+def l1_norm(
+    alpha: float, weight: float, population_size: int, elements: int, generations: float = math.inf
+) -> float:
+    """The norm after T generations of l1 decay, for any lambda; without `generations` the plateau.
+
+    weight: lambda; 0 gives the random walk. Within 1e-3 of a walk of independent normals.
+    """
+    if weight == 0:
+        return random_walk_norm(alpha, population_size, elements, generations)
+    step, pull = alpha / math.sqrt(population_size), _l1_pull(alpha, weight)
+    return math.sqrt(elements * l1_walk.variance(step, pull, generations))
+
+
+def l1_time_constant(weight: float, population_size: int) -> float:
+    """2 / (lambda^2 N), in generations, whatever alpha: the slowest part of l1's way to rest.
+
+    1 over the spectral gap tau^2 / (2 q^2), above which the spectrum is continuous: what is left
+    of a change fades as exp(-t / constant) times t^-1.5, at first much faster than that. For
+    lambda^2 N << 1; ConfigError for a lambda that is not positive.
+    """
+    return 2 / (_l1_pull(1.0, weight) ** 2 * population_size)
+
+
+def l1_unchanged_share(weight: float, population_size: int) -> float:
+    """The share of fp32 weights that l1 decay keeps exactly at their anchor, at rest.
+
+    2 lambda^2 N for lambda^2 N << 1, whatever alpha; solved for larger ones.
+    """
+    return l1_walk.zero_share(1 / math.sqrt(population_size), _l1_pull(1.0, weight))
+
+
+def _l1_pull(alpha: float, weight: float) -> float:
+    """tau = alpha lambda, positive and finite."""
+    if not (weight > 0 and 0 < alpha * weight < math.inf):
+        raise ConfigError(
+            f"alpha * lambda is {alpha:g} * {weight:g} = {alpha * weight:g}; the l1 laws need it "
+            "positive and finite. Without decay the law is random_walk_norm."
+        )
+    return AnchoredDecay("l1", weight).strength(alpha)
+
+
 def time_constant(alpha: float, weight: float) -> float:
     """1 / (alpha lambda), in generations: how long a direction is remembered.
 
@@ -99,14 +152,23 @@ def norms_of_coefficients(generations: Sequence[GenerationRecord], elements: int
 
     V <- k^2 (V + sum_n c_n^2), norm = sqrt(d V): as l2_norm, but with each generation's own
     coefficients, so that ties, unusual shaping and generations without a step count as they were.
-    ConfigError for l1 decay, which has no such law.
+    l1 likewise (`l1_walk.variances`). ConfigError for a journal that has both.
     """
+    steps = [
+        float(np.square(np.asarray(record.coefficients, dtype=np.float64)).sum())
+        for record in generations
+    ]
+    kinds = {record.decay.kind for record in generations if record.decay is not None}
+    if kinds == {"l1", "l2"}:
+        raise ConfigError("the norm of a run with l1 decay and l2 decay in turn has no law.")
+    if kinds == {"l1"}:
+        pulls = [r.decay.strength(r.alpha) if r.decay else 0.0 for r in generations]
+        return np.append(
+            0.0, np.sqrt(elements * l1_walk.variances([math.sqrt(step) for step in steps], pulls))
+        )
     variance, norms = 0.0, [0.0]
-    for record in generations:
-        if record.decay is not None and record.decay.kind != "l2":
-            raise ConfigError("the norm of a run with l1 decay has no law in closed form.")
+    for record, step in zip(generations, steps, strict=True):
         k = 1.0 if record.decay is None else record.decay.strength(record.alpha)
-        step = float(np.square(np.asarray(record.coefficients, dtype=np.float64)).sum())
         variance = k * k * (variance + step)
         norms.append(math.sqrt(elements * variance))
     return np.array(norms)
@@ -171,14 +233,22 @@ def stochastic_rounding_norm(
     places: LastPlaces,
     weight: float = 0.0,
     generations: float = math.inf,
+    kind: str = "l2",
 ) -> float:
     """The norm of the change of 16-bit weights under stochastic rounding, rounding noise included.
 
-    places: of the base weights; weight: lambda of l2 decay; generations: without it the plateau.
+    places: of the base weights; weight: lambda; generations: without it the plateau; kind: "l2" or
+    "l1".
     """
     step = alpha / math.sqrt(population_size)
     if weight == 0:
         each = [_walk(step / u) * generations * u**2 for u in places.units]
+    elif kind == "l1":
+        pull = _l1_pull(alpha, weight)
+        each = [
+            l1_walk.rounded_variance(step / u, pull / u, rounding_variance, generations) * u**2
+            for u in places.units
+        ]
     else:
         k = kept(alpha, weight)
         approach = _approach(k, generations)
@@ -192,10 +262,12 @@ def rounding_noise_norm(
     places: LastPlaces,
     weight: float = 0.0,
     generations: float = math.inf,
+    kind: str = "l2",
 ) -> float:
-    """The part of `stochastic_rounding_norm` that is rounding: sqrt(all^2 - l2_norm^2)."""
-    total = stochastic_rounding_norm(alpha, population_size, places, weight, generations)
-    strategy = l2_norm(alpha, weight, population_size, places.elements, generations)
+    """The part of `stochastic_rounding_norm` that is rounding: sqrt(all^2 - strategy's^2)."""
+    total = stochastic_rounding_norm(alpha, population_size, places, weight, generations, kind)
+    law = l1_norm if kind == "l1" else l2_norm
+    strategy = law(alpha, weight, population_size, places.elements, generations)
     return math.sqrt(max(0.0, total**2 - strategy**2))
 
 

@@ -150,11 +150,12 @@ class Run:
 
     def _noise_norms(self) -> list[float] | None:
         """What the coefficients alone make of independent noise; None where no law is known."""
-        generations = self.journal.generations
-        if any(g.decay is not None and g.decay.kind != "l2" for g in generations):
-            return None
         elements = sum(prod(tensor.shape) for tensor in self.journal.header.tensors)
-        return [float(norm) for norm in norms_of_coefficients(generations, elements)]
+        try:
+            norms = norms_of_coefficients(self.journal.generations, elements)
+        except ConfigError:  # l1 and l2 decay in turn
+            return None
+        return [float(norm) for norm in norms]
 
 
 class Checkpoint:

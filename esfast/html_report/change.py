@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from esfast.forgetting.laws import l2_plateau_norm, norms_of_coefficients, time_constant
+from esfast.errors import ConfigError
+from esfast.forgetting import laws
 from esfast.html_report.drawing import Theme, grid_of, legend_below, plain, whole_generations
 from esfast.html_report.page import (
     DASH,
@@ -77,11 +78,13 @@ def _elements(run: RunData) -> int:
 
 
 def _law(run: RunData) -> np.ndarray | None:
-    """Norms by generation from the journal's coefficients; None where there is no law (l1)."""
-    decay = strategy_of(run.config).get("decay")
-    if run.journal is None or (isinstance(decay, Mapping) and decay["kind"] != "l2"):
+    """Norms by generation from the journal's coefficients; None where there is no law."""
+    if run.journal is None:
         return None
-    return norms_of_coefficients(run.journal.generations, _elements(run))
+    try:
+        return laws.norms_of_coefficients(run.journal.generations, _elements(run))
+    except ConfigError:  # l1 and l2 decay in turn
+        return None
 
 
 def _law_picture(report: ReportData, pictures: Pictures) -> Html:
@@ -101,7 +104,8 @@ def _law_picture(report: ReportData, pictures: Pictures) -> Html:
     return pictures.add(
         "norm_law", draw, 3.6,
         "Points: norm of the change of the weights, measured. Dashed: what noise alone gives with "
-        "the run's own coefficients, V ← k² (V + Σ c²), norm = √(d V), k = 1 − αλ under l2 decay. "
+        "the run's own coefficients, V ← k² (V + Σ c²), norm = √(d V), k = 1 − αλ under l2 decay, "
+        "and the walk that soft thresholding pulls back under l1. "
         "Where they agree, nearly all of the distance is noise, and little of it direction. "
         "Stochastic rounding of 16-bit weights adds to the measured norm, not to the law.",
     )  # fmt: skip
@@ -125,10 +129,14 @@ def _norm_points(
 
 def _law_table(report: ReportData) -> Html:
     head = ("run", "α", "N", "λ", "T", "d", "norm measured", "law, own coefficients",
-            "measured / law", "α √(T d / N)", "l2 plateau", "1 / (α λ)")  # fmt: skip
+            "measured / law", "α √(T d / N)", "plateau", "time constant")  # fmt: skip
     rows = [_law_row(report, run) for run in report.runs]
     rows += [_extra_row(index, extra) for index, extra in _extras(report)]
-    return table(head, rows, "Norms in units of the weights; d weights, T generations.")
+    said = (
+        "Norms in units of the weights; d weights, T generations. Plateau and time constant: l2 "
+        "√(α d / 2 λ N) and 1 / (α λ), l1 √(d / 2) α / (λ N) and 2 / (λ² N), for weak decay."
+    )
+    return table(head, rows, said)
 
 
 def _extras(report: ReportData) -> list[tuple[int, Subject]]:
@@ -147,16 +155,29 @@ def _law_row(report: ReportData, run: RunData) -> Sequence[object]:
     at = done if last is None or last["generation"] is None else int(last["generation"])
     norms = _law(run)
     expected = None if norms is None or at >= len(norms) else float(norms[at])
-    l2 = isinstance(decay, Mapping) and decay["kind"] == "l2" and decay["weight"] > 0
     weight = float(decay["weight"]) if isinstance(decay, Mapping) else 0.0
+    kind = decay["kind"] if isinstance(decay, Mapping) and weight else None
+    plateau, constant = _rest(kind, alpha, weight, members, elements)
     return (
         report.named(run), number(alpha, 2), members, number(weight, 3) if decay else DASH, at,
         f"{elements:,}", number(measured, 4), number(expected, 4),
         DASH if measured is None or not expected else f"{measured / expected:.3f}",
         number(alpha * math.sqrt(at * elements / members), 4),
-        number(l2_plateau_norm(alpha, weight, members, elements), 4) if l2 else DASH,
-        number(time_constant(alpha, weight)) if l2 else DASH,
+        number(plateau, 4), number(constant),
     )  # fmt: skip
+
+
+def _rest(
+    kind: str | None, alpha: float, weight: float, members: int, elements: int
+) -> tuple[float, float] | tuple[None, None]:
+    """What decay holds noise to, and how many generations it takes."""
+    if kind is None:
+        return None, None
+    if kind == "l1":
+        norm = laws.l1_plateau_norm(alpha, weight, members, elements)
+        return norm, laws.l1_time_constant(weight, members)
+    norm = laws.l2_plateau_norm(alpha, weight, members, elements)
+    return norm, laws.time_constant(alpha, weight)
 
 
 def _extra_row(index: int, subject: Subject) -> Sequence[object]:
