@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from esfast import _core
-from esfast.errors import ParameterError, StateError
+from esfast.errors import ParameterError
+from esfast.held_tensors import HeldTensors
 from esfast.journal_format import TensorSpec
 from esfast.members import tensor_id
 from esfast.stored_names import require_live, stored_tensors
@@ -106,6 +107,8 @@ def _pieces(number: int, segment: Segment) -> list[Piece]:
 
 def _check_tensor(segment: Segment) -> None:
     name, tensor = segment.name, segment.tensor
+    if not isinstance(name, str):
+        raise ParameterError(f"a tensor's name is {name!r}; give the checkpoint's name, a string.")
     if not isinstance(tensor, torch.Tensor):
         raise ParameterError(f"'{name}' is a {type(tensor).__name__}; give torch tensors.")
     if tensor.dtype not in DTYPES:
@@ -280,13 +283,18 @@ class ParameterTable:
         _check_names(self.segments)
         _check_canonical_overlap(self.segments)
         _check_memory_overlap(self.segments)
-        self._owners = [(s.name, s.tensor, s.tensor.detach()) for s in self.segments]
+        self._held = HeldTensors((s.name, s.tensor) for s in self.segments)
         numbered = enumerate(self.segments)
         self.pieces = tuple(piece for i, s in numbered for piece in _pieces(i, s))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> ParameterTable:
         """Whole canonical tensors by name, in the mapping's order."""
+        if not isinstance(tensors, Mapping):
+            raise ParameterError(
+                f"a {type(tensors).__name__} was given; give a dict of tensors by name: the noise "
+                "of a tensor is a function of its name."
+            )
         return cls(Segment(name, tuple(getattr(t, "shape", ())), t) for name, t in tensors.items())
 
     @classmethod
@@ -306,21 +314,20 @@ class ParameterTable:
         table = cls.from_tensors(
             require_live({n: t for n, t in stored if _selected(n, include, exclude)})
         )
-        edited = {owner.untyped_storage().data_ptr() for _, _, owner in table._owners}
-        for name, parameter in module.named_parameters():
-            if parameter.untyped_storage().data_ptr() in edited:
-                table._owners.append((name, parameter, parameter.detach()))
+        table._held.hold_module(module)
         return table
 
+    def __reduce__(self) -> tuple[type[ParameterTable], tuple[tuple[Segment, ...]]]:
+        return type(self), (self.segments,)  # a copy's tensors lie elsewhere and are looked at anew
+
     def check_in_place(self) -> None:
-        """StateError where a tensor has another storage, dtype or layout than when it was taken."""
-        for name, now, owner in self._owners:
-            if now.data_ptr() != owner.data_ptr() or now.dtype != owner.dtype:
-                raise StateError(
-                    f"'{name}' was moved or cast after its table was made, so that an edit "
-                    "would not reach the model. Make the table (and what was built on it) after "
-                    "model.to(...)."
-                )
+        """StateError where a tensor has another storage, dtype, shape or layout than when it was
+        taken, or the module another parameter in its place."""
+        self._held.check_in_place()
+
+    def check_memory(self) -> None:
+        """StateError where a tensor's memory was given up since it was taken."""
+        self._held.check_memory()
 
     @property
     def layout(self) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
@@ -364,7 +371,11 @@ class ParameterTable:
         return np.array([self.segments[piece.segment].counted for piece in self.pieces], dtype=bool)
 
     def rows(self) -> np.ndarray:
-        """The core's segment table, base = live, no anchor: a structured array, a row a piece."""
+        """The core's segment table, base = live, no anchor: a structured array, a row a piece.
+
+        StateError where a tensor's memory was given up.
+        """
+        self.check_memory()
         table = np.zeros(len(self.pieces), dtype=_core.segment_dtype)
         for row, piece in zip(table, self.pieces, strict=True):
             segment = self.segments[piece.segment]

@@ -18,10 +18,10 @@ import esfast
 ROOT = Path(esfast.__file__).parent
 FLOORS = {
     "_core": 0,
-    "errors": 1, "members": 1, "shaping": 1, "strategy": 1, "journal": 1,
+    "errors": 1, "members": 1, "shaping": 1, "strategy": 1, "update": 1, "journal": 1,
     "journal_format": 1, "whole_file": 1, "interrupts": 1,
     "parameters": 2, "weights": 2, "anchor": 2, "checkpoint": 2, "resources": 2,
-    "stored_names": 2,
+    "stored_names": 2, "held_tensors": 2,
     "state_file": 2, "live_weights": 2,
     "snapshots": 2, "device_table": 2, "device_shaping": 2, "anchor_stream": 2,
     "evolution": 3, "replay": 3, "engines": 3, "tasks": 3, "launch": 3, "forgetting": 3,
