@@ -31,11 +31,13 @@ from esfast.anchor import Anchor
 from esfast.errors import ConfigError, DataError, EsfastError, ParameterError, StateError
 from esfast.evolution import EvolutionStrategy, StepReport
 from esfast.journal import read_journal
+from esfast.live_weights import MemoryUse
 from esfast.members import Member, generation_seed, member_seed, noise
 from esfast.parameters import ParameterTable, Segment
 from esfast.replay import keep_journal
 from esfast.strategy import AnchoredDecay, Strategy, StrategyConfig
-from esfast.weights import MemoryUse, UpdateReport, Weights
+from esfast.update import UpdateReport
+from esfast.weights import Weights
 
 __version__ = "0.1.0"
 

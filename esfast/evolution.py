@@ -29,7 +29,8 @@ from esfast.live_weights import LiveWeights
 from esfast.members import Member
 from esfast.parameters import ParameterTable
 from esfast.strategy import Strategy, StrategyConfig
-from esfast.weights import UpdateReport, Weights
+from esfast.update import UpdateReport
+from esfast.weights import Weights
 
 
 @dataclass(frozen=True)

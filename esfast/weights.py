@@ -11,9 +11,8 @@ Lean and shadow give the same bits. Between calls nobody else may edit the tenso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,34 +24,15 @@ from esfast.anchor_stream import AnchorStream, streamed
 from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
 from esfast.journal_format import TensorSpec
+from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member
 from esfast.parameters import ParameterTable
 from esfast.resources import available_memory, readable, usable_cores
-from esfast.strategy import ROUNDINGS, AnchoredDecay
+from esfast.update import Update, UpdateReport
 
 MEMORIES = ("lean", "shadow", "master")
-_DECAY_NUMBERS = {"l1": 1, "l2": 2}
 _SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127  # of fp32
 _SAMPLE_STRIDE = 16  # every 16th chunk tells the size of lean's records to a few per cent
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes: the live weights; what this memory mode holds now beside them; the anchor's copy."""
-
-    weights_bytes: int
-    extra_bytes: int
-    anchor_bytes: int
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """saturated: weights whose rounded value left the dtype's range and became its largest.
-
-    -1 where it cannot be read: inside the capture of a CUDA graph.
-    """
-
-    saturated: int
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -69,7 +49,7 @@ def _scale(sign: int, sigma: float) -> float:
     return sign * float(sigma)  # the core rounds it to fp32
 
 
-class Weights:
+class Weights(LiveWeights):
     """The only thing that edits a model.
 
     table: what to edit; memory: "lean", "shadow" or "master"; anchor: for decay; threads: None
@@ -163,90 +143,30 @@ class Weights:
             self._core.refresh(self.threads)
             self._perturbed = False
 
-    def update(
-        self,
-        members: Sequence[Member],
-        coefficients: Sequence[float] | np.ndarray,
-        *,
-        decay: AnchoredDecay | None = None,
-        alpha: float | None = None,
-        rounding: str = "stochastic",
-        seed: int = 0,
-    ) -> UpdateReport:
-        """w <- round(decay(w + sum_n coefficient_n * sign_n * eps_n)), each weight read once.
-
-        coefficients: one a member, with alpha / N in them (Strategy.coefficients). decay: needs the
-        anchor that Weights was made with, and alpha. rounding: "stochastic" (keyed by `seed`, the
-        generation's) or "nearest"; fp32 bases are not rounded. Members of one update share one kind
-        of noise; neighbours with one seed are drawn once. No members: decay and rounding alone. An
-        applied member is restored first.
-        """
-        values = self._checked(members, coefficients)
-        number, strength = self._decay(decay, alpha)
-        if rounding not in ROUNDINGS:
-            raise ConfigError(
-                f"rounding {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}."
-            )
-        if not 0 <= seed < 2**64:
-            raise ConfigError(
-                f"the rounding seed is {seed!r}; it is an integer from 0 to 2**64 - 1."
+    def apply(self, update: Update) -> UpdateReport:
+        """`update` with its arguments as one value."""
+        number, strength = update.pull()
+        if number and self.anchor is None:
+            raise StateError(
+                "decay has no anchor to pull to; make the weights with "
+                "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
             )
         self.table.check_in_place()
         self.restore()
         core = self._streamed if number and self._streamed is not None else self._core
         saturated = core.update(
-            members[0].noise_number if members else 0,
-            [member.spec for member in members],
-            values.tolist(),
+            update.members[0].noise_number if update.members else 0,
+            [member.spec for member in update.members],
+            list(update.coefficients),
             number,
             strength,
-            rounding == "stochastic",
-            seed,
+            update.rounding == "stochastic",
+            update.seed,
             self.threads,
         )
         if number and self.anchor is not None:
             self.anchor.release()
         return UpdateReport(saturated)
-
-    def _checked(
-        self, members: Sequence[Member], coefficients: Sequence[float] | np.ndarray
-    ) -> np.ndarray:
-        values = np.asarray(coefficients, dtype=np.float64)
-        if values.shape != (len(members),):
-            raise ConfigError(
-                f"{len(members)} members and coefficients of shape {values.shape} were given; give "
-                "one coefficient a member."
-            )
-        if not np.isfinite(values.astype(np.float32)).all():
-            raise ConfigError(
-                f"coefficient {int(np.argmin(np.isfinite(values.astype(np.float32))))} is not a "
-                "finite fp32 number; check the rewards before shaping them."
-            )
-        kinds = sorted({member.noise for member in members})
-        if len(kinds) > 1:
-            raise ConfigError(
-                f"one update got members of {' and '.join(kinds)} noise; use one kind."
-            )
-        if kinds == ["hadamard"] and len({member.seed for member in members}) > 1:
-            raise ConfigError(
-                "the Hadamard members of one update have different seeds; they share their "
-                "generation's seed and differ in index. Update once a generation."
-            )
-        return values
-
-    def _decay(self, decay: AnchoredDecay | None, alpha: float | None) -> tuple[int, float]:
-        if decay is None:
-            return 0, 0.0
-        if alpha is None or not (math.isfinite(alpha) and alpha > 0):
-            raise ConfigError(
-                f"decay acts with alpha * lambda, and alpha is {alpha!r}; pass alpha=."
-            )
-        if self.anchor is None:
-            raise StateError(
-                "decay has no anchor to pull to; make the weights with "
-                "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
-            )
-        return _DECAY_NUMBERS[decay.kind], decay.strength(alpha)
 
     def checksum(self) -> str:
         """16 hex digits of the live bits: equal iff the bits are, on any target and layout.
@@ -361,3 +281,21 @@ class Weights:
         anchor = 0 if self.anchor is None else self.anchor.resident_bytes
         anchor += 0 if self._streamed is None else self._streamed.bytes
         return MemoryUse(self.table.nbytes, extra, anchor)
+
+
+def weights_of(
+    table: ParameterTable,
+    memory: str = "lean",
+    anchor: Path | bool = False,
+    threads: int | None = None,
+) -> Weights:
+    """`Weights` over a table of this process.
+
+    anchor: the safetensors file or Hugging Face folder that decay pulls to (mapped, no resident
+    memory), True for a copy of the weights as they are now, False for none.
+    """
+    if isinstance(anchor, bool):
+        made = Anchor.in_memory(table) if anchor else None
+    else:
+        made = Anchor.from_safetensors(anchor, table)
+    return Weights(table, memory, made, threads)

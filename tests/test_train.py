@@ -27,7 +27,6 @@ from esfast import (
 from esfast.engines.base import Completion, Sampling
 from esfast.held_out import HeldOut, rise, wilson
 from esfast.journal import read_journal
-from esfast.live_weights import weights_of
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
 from esfast.plots import draw_run
@@ -36,6 +35,7 @@ from esfast.report import _shown, print_result
 from esfast.run_folder import RunFolder, append_line, read_lines
 from esfast.tasks import Example, Score, Task
 from esfast.train import TrainConfig, Trainer
+from esfast.weights import weights_of
 
 SIZE = 8
 

@@ -5,6 +5,7 @@ Each case runs on every target and both exact memory modes; the fp32 master has 
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,9 @@ from cases import (
 )
 
 from esfast import Anchor, AnchoredDecay, EsfastError, ParameterTable, Weights
+from esfast.live_weights import LiveWeights
 from esfast.members import Member
+from esfast.update import Update
 
 DECAYS = {None: None, "l1": ("l1", 0.0021), "l2": ("l2", 0.37)}
 ALPHA = 0.01
@@ -323,6 +326,33 @@ def test_bad_updates_change_nothing(case: str) -> None:
     with pytest.raises(EsfastError):
         weights.update(*arguments, **options)
     assert_tensors(model, tensors("bfloat16"))
+
+
+@pytest.mark.parametrize("case", sorted(BAD_UPDATES.keys() - {"no anchor"}))
+def test_bad_updates_are_refused_where_they_are_made(case: str) -> None:
+    """Before they are sent to weights that lie elsewhere, all of which must hold the same."""
+    arguments, options = BAD_UPDATES[case]
+    with pytest.raises(EsfastError):
+        Update(*arguments, **options)
+
+
+def test_an_update_crosses_whole() -> None:
+    """As JSON, to the bit; and what any live weights are asked for is that one value."""
+    members = [Member(2**64 - 1, -1), Member(7)]
+    update = Update(members, np.float32([0.1, -3e-45]), AnchoredDecay("l1", 0.3), 0.7, "nearest", 9)
+    told = json.loads(json.dumps(update.record()))
+    assert Update.of(told) == update and update.coefficients[1] == float(np.float32(-3e-45))
+    hadamard = Update(population("hadamard", 3), [1.0, 2.0, 3.0], seed=2**64 - 1)
+    assert Update.of(json.loads(json.dumps(hadamard.record()))) == hadamard
+
+    class Watched(Weights):
+        apply = staticmethod(lambda update: update)  # type: ignore[assignment]
+
+    assert Watched.update is LiveWeights.update
+    watched = Watched(ParameterTable.from_tensors(tensors("float32")))
+    options: dict[str, Any] = {"alpha": 0.7, "rounding": "nearest", "seed": 9}
+    decay = AnchoredDecay("l1", 0.3)
+    assert watched.update(members, np.float32([0.1, -3e-45]), decay=decay, **options) == update
 
 
 def test_decay_that_overshoots_is_refused() -> None:

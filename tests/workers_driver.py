@@ -26,13 +26,13 @@ from esfast import EsfastError, ParameterTable, StrategyConfig
 from esfast.engines.base import Completion, Sampling
 from esfast.journal import parse
 from esfast.launch.torchrun import join_workers
-from esfast.live_weights import weights_of
 from esfast.measure import Clock
 from esfast.replay import catch_up
 from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder
 from esfast.tasks import Example, Score, Task
 from esfast.train import Trainer
+from esfast.weights import weights_of
 
 GENERATIONS, POPULATION = 5, 8
 

@@ -28,9 +28,8 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.decoding import Decoder, Ends
 from esfast.engines.kv_cache import can_share
 from esfast.errors import ConfigError, EsfastError, StateError
-from esfast.live_weights import weights_of
 from esfast.parameters import ParameterTable
-from esfast.weights import Weights
+from esfast.weights import Weights, weights_of
 
 # Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
 PLANS_KEPT = 8

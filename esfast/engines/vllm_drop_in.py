@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,11 @@ from typing import Any
 from esfast.engines.vllm_plugin import empties
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError
-from esfast.members import generation_seed
+from esfast.members import Member, generation_seed
+from esfast.strategy import AnchoredDecay
+from esfast.update import Update
 
 LONGEST_WAIT = timedelta(minutes=30)  # for an engine whose members take longer
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One update, as it is sent: what was added, rounded with the key of update number `number`.
-
-    decay: kind, lambda and alpha, or None.
-    """
-
-    number: int
-    seeds: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    decay: tuple[str, float, float] | None = None
-
-    @staticmethod
-    def of(told: dict[str, Any]) -> _Update:
-        seeds, coefficients = tuple(told["seeds"]), tuple(told["coefficients"])
-        decay = None if told["decay"] is None else tuple(told["decay"])
-        return _Update(told["number"], seeds, coefficients, decay)
 
 
 class DropIn:
@@ -57,7 +39,7 @@ class DropIn:
         self._shard = shard
         self._added: list[tuple[int, float]] = []
         self._live: tuple[int, float] | None = None  # what the weights have now beside the settled
-        self._updates: list[_Update] = []  # since the engines last agreed
+        self._updates: list[tuple[int, Update]] = []  # numbered; since the engines last agreed
         self._done = 0
         self._group: _Group | None = None
         if not empties(worker):
@@ -101,17 +83,19 @@ class DropIn:
         seeds: Sequence[int],
         coefficients: Sequence[float],
         scale: float,
-        decay: tuple[str, float, float] | None = None,
+        decay: AnchoredDecay | None = None,
+        alpha: float | None = None,
     ) -> None:
-        """Adds scale * sum_n coefficient_n * noise(seed_n) in one pass, after the list's."""
+        """Adds scale * sum_n coefficient_n * noise(seed_n) in one pass, after the list's. decay,
+        alpha: as of `Weights.update`."""
         if len(seeds) != len(coefficients):
             raise ConfigError(
                 f"{len(seeds)} seeds and {len(coefficients)} coefficients; give one a seed."
             )
         self._keep_all()
-        whole = tuple(int(seed) % 2**64 for seed in seeds)
-        scaled = tuple(scale * float(coefficient) for coefficient in coefficients)
-        self._apply(_Update(self._done, whole, scaled, decay))
+        members = [Member(int(seed) % 2**64) for seed in seeds]
+        scaled = [scale * float(coefficient) for coefficient in coefficients]
+        self._apply(self._done, Update(members, scaled, decay, alpha, seed=self._key()))
 
     def keep_initial(self) -> None:
         """Keeps a copy of the weights as they are, for decay to pull to."""
@@ -146,7 +130,8 @@ class DropIn:
         self._keep_all()
         if self._group is None:
             return
-        told = {"base": self._base, "updates": [asdict(update) for update in self._updates]}
+        updates = [(number, update.record()) for number, update in self._updates]
+        told = {"base": self._base, "updates": updates}
         theirs = self._group.exchange("updates", told)[source]
         error = self._catch_up(theirs, source)
         seen = self._group.exchange("ended", error or f"{self._shard.checksum():016x}")
@@ -164,11 +149,11 @@ class DropIn:
         """Applies what the source applied and this engine did not; says why it cannot."""
         if theirs["base"] != self._base:
             return "other weights since the engines last agreed"
-        updates = [_Update.of(told) for told in theirs["updates"]]
+        updates = [(number, Update.of(record)) for number, record in theirs["updates"]]
         if updates[: len(self._updates)] != self._updates:
             return f"updates that engine {source} has not applied"
-        for update in updates[len(self._updates) :]:
-            self._apply(update)
+        for number, update in updates[len(self._updates) :]:
+            self._apply(number, update)
         return None
 
     def _take_off(self, one: tuple[int, float]) -> None:
@@ -203,19 +188,20 @@ class DropIn:
     def _keep(self, entries: list[tuple[int, float]]) -> None:
         """Makes the first entries of the list an update."""
         if entries:
-            seeds, scales = zip(*entries, strict=True)
-            self._apply(_Update(self._done, seeds, scales))
+            members = [Member(seed) for seed, _ in entries]
+            scales = [scale for _, scale in entries]
+            self._apply(self._done, Update(members, scales, seed=self._key()))
             del self._added[: len(entries)]
 
-    def _apply(self, update: _Update) -> None:
-        kind = None if update.decay is None else update.decay[:2]
-        alpha = None if update.decay is None else update.decay[2]
-        members = [{"seed": seed} for seed in update.seeds]
+    def _key(self) -> int:
+        """Of the next update's rounding."""
+        return generation_seed(0, self._done)
+
+    def _apply(self, number: int, update: Update) -> None:
         self._live = None
-        key = generation_seed(0, update.number)
-        self._shard.update(members, update.coefficients, kind, alpha, "stochastic", key)
-        self._updates.append(update)
-        self._done = update.number + 1
+        self._shard.update(update.record())
+        self._updates.append((number, update))
+        self._done = number + 1
 
 
 class _Group:

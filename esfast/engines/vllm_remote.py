@@ -12,15 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from esfast import errors
 from esfast.errors import EsfastError, StateError
 from esfast.journal_format import TensorSpec
+from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member
 from esfast.resources import readable
-from esfast.strategy import AnchoredDecay
-from esfast.weights import MemoryUse, UpdateReport
+from esfast.update import Update, UpdateReport
 
 Call: TypeAlias = Callable[..., list[Any]]
 
@@ -45,7 +43,7 @@ def answered(replies: Sequence[Mapping[str, Any]]) -> list[Any]:
 _BUILTIN: dict[str, type[Exception]] = {"ValueError": ValueError, "MemoryError": MemoryError}
 
 
-class RemoteWeights:
+class RemoteWeights(LiveWeights):
     """`LiveWeights` over an engine's workers; made by `VLLMEngine.live_weights`.
 
     call(name, *arguments): runs a method of every worker's `Shard`.
@@ -53,7 +51,7 @@ class RemoteWeights:
 
     def __init__(self, call: Call, memory: str, anchor: Path | bool, threads: int | None) -> None:
         self._call = call
-        self._memory = memory
+        self.memory = memory
         where = anchor if isinstance(anchor, bool) else str(anchor.absolute())
         opened = call("open", memory, where, threads)
         specs = {spec["name"]: spec for shard in opened for spec in shard["specs"]}
@@ -62,11 +60,6 @@ class RemoteWeights:
             for name, spec in sorted(specs.items())
         )
         self.stale = False
-
-    @property
-    def memory(self) -> str:
-        """ "lean", "shadow" or "master"."""
-        return self._memory
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Canonical names, shapes and dtypes, sorted by name."""
@@ -88,27 +81,10 @@ class RemoteWeights:
             self._call("derive")
             self.stale = False
 
-    def update(
-        self,
-        members: Sequence[Member],
-        coefficients: Sequence[float] | np.ndarray,
-        *,
-        decay: AnchoredDecay | None = None,
-        alpha: float | None = None,
-        rounding: str = "stochastic",
-        seed: int = 0,
-    ) -> UpdateReport:
+    def apply(self, update: Update) -> UpdateReport:
         """The same update in every worker; the weights that saturated are counted a shard."""
         self.stale = False
-        saturated = self._call(
-            "update",
-            [asdict(member) for member in members],
-            [float(c) for c in np.asarray(coefficients, dtype=np.float64)],
-            None if decay is None else [decay.kind, decay.weight],
-            alpha,
-            rounding,
-            int(seed),
-        )
+        saturated = self._call("update", update.record())
         return UpdateReport(-1 if -1 in saturated else sum(saturated))
 
     def checksum(self) -> str:
@@ -127,7 +103,7 @@ class RemoteWeights:
         """
         rooms = self._call("room", sigma, noise)
         for rank, (needed, free) in enumerate(rooms):
-            if self._memory == "lean" and free is not None and free < needed:
+            if self.memory == "lean" and free is not None and free < needed:
                 raise EsfastError(
                     f"restoring members exactly needs about {readable(needed)} beside the weights "
                     f"of worker {rank}, and vLLM has left {readable(free)}. Lower "

@@ -8,7 +8,7 @@ leaves that to `derive`, since an update mostly follows it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,10 @@ from esfast.engines.vllm_derived import Kept, kept
 from esfast.engines.vllm_files import read_canonical, write_canonical
 from esfast.engines.vllm_reach import Groups
 from esfast.errors import ConfigError, StateError
-from esfast.live_weights import weights_of
 from esfast.members import Member
 from esfast.parameters import ParameterTable
-from esfast.strategy import AnchoredDecay
-from esfast.weights import Weights, free_bytes
+from esfast.update import Update
+from esfast.weights import Weights, free_bytes, weights_of
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before vLLM binds
 
@@ -97,26 +96,10 @@ class Shard:
             self.kept.derived.redo()
             self.stale = False
 
-    def update(
-        self,
-        members: Sequence[Mapping[str, Any]],
-        coefficients: Sequence[float],
-        decay: Sequence[Any] | None,
-        alpha: float | None,
-        rounding: str,
-        seed: int,
-    ) -> int:
-        """`Weights.update`; returns how many weights saturated here."""
+    def update(self, record: Mapping[str, Any]) -> int:
+        """`Weights.apply` of an update's record; returns how many weights saturated here."""
         with self._edit():
-            report = self.weights.update(
-                [Member(**member) for member in members],
-                list(coefficients),
-                decay=None if decay is None else AnchoredDecay(*decay),
-                alpha=alpha,
-                rounding=rounding,
-                seed=seed,
-            )
-        return report.saturated
+            return self.weights.apply(Update.of(record)).saturated
 
     @contextmanager
     def _edit(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from esfast.engines.vllm_drop_in import DropIn
 from esfast.engines.vllm_plugin import empty_after_edits
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import EsfastError
+from esfast.strategy import AnchoredDecay
 
 keep_weights()
 empty_after_edits()
@@ -96,10 +97,11 @@ class WorkerExtension:
         The last two are esfast's own: anchored decay ("l1" or "l2") in the same pass, towards the
         weights of `save_self_initial_weights`.
         """
-        decay = (weight_decay_type, float(weight_decay_lambda), float(alpha))
+        decay = None
+        if weight_decay_type != "none":
+            decay = AnchoredDecay(weight_decay_type, float(weight_decay_lambda))
         scale = alpha / population_size
-        chosen = None if weight_decay_type == "none" else decay
-        self._esfast_drop_in().update(seeds, coeffs, scale, chosen)
+        self._esfast_drop_in().update(seeds, coeffs, scale, decay, float(alpha))
         return True
 
     def save_self_initial_weights(self) -> bool:

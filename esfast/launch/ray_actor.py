@@ -23,7 +23,8 @@ from esfast.journal import parse
 from esfast.measure import GENERATION, PERTURB, Clock, peak_bytes, reset_peak
 from esfast.members import Member
 from esfast.replay import replay, require_base, require_settings
-from esfast.strategy import AnchoredDecay, StrategyConfig
+from esfast.strategy import StrategyConfig
+from esfast.update import Update
 
 
 @dataclass(frozen=True)
@@ -147,21 +148,12 @@ class EngineActor:
             self._engine.weights_changed()
             self._applied = False
 
-    def update(
-        self,
-        generation: int,
-        members: list[list[Any]],
-        coefficients: list[float],
-        decay: list[Any] | None,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def update(self, generation: int, update: dict[str, Any]) -> dict[str, Any]:
         """Update number `generation` of the run, counted from 0."""
         es = self._run
         if generation != es.generation:
             raise StateError(f"update {generation} came to an actor at {es.generation}.")
-        terms = [Member(*member) for member in members]
-        pull = None if decay is None else AnchoredDecay(*decay)
-        report = es.weights.update(terms, coefficients, decay=pull, **options)
+        report = es.weights.apply(Update.of(update))
         self._applied = False
         es.generation += 1
         self._engine.weights_changed()

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from esfast import state_file
 from esfast.errors import EsfastError, StateError
 from esfast.journal_format import TensorSpec
+from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member
-from esfast.strategy import AnchoredDecay
-from esfast.weights import MemoryUse, UpdateReport
+from esfast.update import Update, UpdateReport
 
 if TYPE_CHECKING:
     from esfast.launch.ray import RayFleet
 
 
-class RayWeights:
+class RayWeights(LiveWeights):
     """See `esfast.live_weights.LiveWeights`."""
 
     def __init__(self, fleet: RayFleet, memory: str, tensors: Sequence[Mapping[str, Any]]) -> None:
@@ -42,35 +41,17 @@ class RayWeights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Applies a member at every engine. One that is started again meanwhile is without it:
         `RayFleet.members` is how a generation is evaluated."""
-        self._fleet.ask_all("perturb", member=_plain(member), sigma=sigma)
+        self._fleet.ask_all("perturb", member=astuple(member), sigma=sigma)
 
     def restore(self) -> None:
         """At every engine."""
         self._fleet.ask_all("restore")
 
-    def update(
-        self,
-        members: Sequence[Member],
-        coefficients: Sequence[float] | np.ndarray,
-        *,
-        decay: AnchoredDecay | None = None,
-        alpha: float | None = None,
-        rounding: str = "stochastic",
-        seed: int = 0,
-    ) -> UpdateReport:
+    def apply(self, update: Update) -> UpdateReport:
         """The same scalars to every engine. One that dies meanwhile has the update from the
         journal, which is written ahead."""
         fleet = self._fleet
-        told = fleet.ask_all(
-            "update",
-            generation=fleet.done,
-            members=[_plain(member) for member in members],
-            coefficients=np.asarray(coefficients, dtype=np.float64).tolist(),
-            decay=None if decay is None else [decay.kind, decay.weight],
-            alpha=alpha,
-            rounding=rounding,
-            seed=seed,
-        )
+        told = fleet.ask_all("update", generation=fleet.done, update=update.record())
         fleet.done += 1
         for seat, reply in told:
             seat.generation = reply["generation"]
@@ -124,7 +105,3 @@ class RayWeights:
         self._fleet.done = generation
         for seat, _ in told:
             seat.generation = generation
-
-
-def _plain(member: Member) -> list[Any]:
-    return [member.seed, member.sign, member.noise, member.index]
