@@ -1,4 +1,5 @@
-"""Fixtures of the whole suite: a `target` that runs a test on every instruction set, and the model.
+"""Fixtures of the whole suite: a `target` that runs a test on every instruction set, a tiny model's
+folder, and vLLM in this process.
 
 `target` switches the core inside the process (ESFAST_TARGET is read once, at import, and has its
 own test) and gives the default back afterwards. A test that asks for it runs once a target that
@@ -12,6 +13,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,25 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _core.target() == request.param
     yield request.param
     _core.set_target(before)
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[None]:
+    """vLLM generates in this process, on one thread; what it starts all the same it spawns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model of bytes, not trained."""
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_models.llama().save_pretrained(folder)
+    tiny_models.byte_tokenizer().save_pretrained(folder)
+    return folder

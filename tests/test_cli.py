@@ -155,17 +155,6 @@ def vowels(example, completion):
 """
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    pytest.importorskip("transformers")
-    import tiny_models
-
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_models.llama().save_pretrained(folder)
-    tiny_models.byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def vowels(here, tiny_model) -> list[str]:
     (here / "rewards.py").write_text(REWARD)

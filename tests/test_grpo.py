@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import signal
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from esfast import ConfigError, EsfastError, StrategyConfig, cli
+from esfast import ConfigError, EsfastError, StrategyConfig
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.cost import Account, Tokens
 from esfast.engines.base import Sampling
@@ -344,86 +343,3 @@ def test_es_keeps_the_same_account(tmp_path):
     assert 0 < warm_up <= 3 * 6
     seconds = read_json(tmp_path / "run" / "summary.json")["seconds"]
     assert seconds["evaluation"] > 0 and math.isfinite(seconds["generation"])
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-def esfast(*arguments: str) -> int:
-    try:
-        return cli.main(list(arguments))
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_models.llama().save_pretrained(folder)
-    tiny_models.byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
-    tmp_path, tiny_model, monkeypatch, capfd
-):
-    monkeypatch.chdir(tmp_path)
-    shared = ("--model", str(tiny_model), "--prompts", "2", "--eval-size", "2", "--output", "run")
-    grpo = ("grpo", *shared, "--group-size", "2", "--generations", "1", "--threads", "1")
-    assert esfast(*grpo, "--checkpoint-every", "1", "--prior-tasks", "arithmetic",
-                  "--prior-size", "2", "--prior-samples", "0") == 0  # fmt: skip
-    out = capfd.readouterr().out
-    assert "tuned: " in out and "not tuned: " in out and "held-out score" in out
-    config = json.loads(Path("run/config.json").read_text())
-    assert config["method"] == "grpo" and config["settings"]["group_size"] == 2
-    assert config["tuning"].keys() == {"tuned", "not_tuned", "fixed"}
-    assert config["made"]["packages"]["trl"]
-    assert [r["generation"] for r in read_lines(Path("run/prior.jsonl"))] == [0, 1]
-    assert {p.name for p in Path("run/plots").iterdir()} >= {"reward.png", "held_out.png"}
-    assert esfast("train", "--resume", "run") == 2
-    assert "made by `esfast grpo`" in capfd.readouterr().err
-    assert esfast("grpo", "--resume", "run", "--learning-rate", "1") == 2
-    assert "--learning-rate 1.0" in capfd.readouterr().err
-    assert esfast("grpo", "--resume", "run", "--generations", "2") == 0
-    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
-    assert esfast("grpo", "--resume", "run") == 0
-    again = read_json(Path("run/summary.json"))
-    assert again["held_out_after"]["generation"] == 2 and again["generations"] == 2
-    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
-    (Path("run") / CHECKPOINTS).rename("elsewhere")
-    assert esfast("grpo", "--resume", "run", "--generations", "3") == 2
-    assert "no whole checkpoint" in capfd.readouterr().err
-
-
-def test_too_little_memory_is_said_before_training(tmp_path, tiny_model, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("esfast.resources.available_memory", lambda: None)
-    shared = ("--model", str(tiny_model), "--prompts", "2", "--group-size", "2", "--output", "run")
-
-    def little(*_: object) -> None:
-        monkeypatch.setattr("esfast.resources.available_memory", lambda: 1000)
-
-    monkeypatch.setattr("esfast.grpo.peak_bytes", little)
-    assert esfast("grpo", *shared, "--eval-size", "2", "--no-plots") == 2
-    error = capsys.readouterr().err
-    assert "gradients and optimiser needs about 1 MB" in error
-    assert read_json(Path("run/summary.json"))["status"] == "failed"
-
-
-def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "trl.trainer.grpo_config", None)
-    assert esfast("grpo") == 2
-    error = capsys.readouterr().err
-    assert "esfast[forgetting]" in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.model
-def test_smollm2_learns_the_default_task(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert esfast("grpo", "--generations", "3", "--eval-size", "48", "--output", "run") == 0
-    summary = read_json(Path("run/summary.json"))
-    assert summary["rise"] > 0.2 and summary["rise_in_standard_errors"] > 4

@@ -1,21 +1,19 @@
-"""Prior tasks: scores and intervals, what outlives a stop, lm-eval on the live model."""
+"""Prior tasks: scores and intervals, and what outlives a stop."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from number_engine import NumberEngine, Targets, interrupt_at, make_trainer
 from rich.console import Console
-from test_cli import run
-from test_train import NumberEngine, Targets, interrupt_at, make_trainer
 
-from esfast import ConfigError, DataError, EsfastError, Weights
+from esfast import ConfigError, DataError
 from esfast.engines.base import Completion
 from esfast.held_out import wilson
 from esfast.measure import LOOP, PRIOR_TASKS
@@ -222,6 +220,18 @@ def test_a_resumed_run_keeps_its_evaluations(tmp_path):
     assert [replace(s, seconds=0.0) for s in both[0]] == [replace(s, seconds=0.0) for s in both[1]]
 
 
+def test_the_picture_shows_every_task(tmp_path, monkeypatch):
+    trainer = trained(tmp_path)
+    trainer.progress.console = Console(file=io.StringIO())
+    trainer.run()
+    panels: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        "esfast.plots.picture", lambda path, drawn, made: panels.append((path.name, len(drawn)))
+    )
+    draw_run(tmp_path / "run")
+    assert ("prior.png", 2) in panels
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 
@@ -278,231 +288,3 @@ def test_one_name_twice_is_refused():
         priors(FEW, "a", "a")
     with pytest.raises(ConfigError, match="temperature"):
         PriorSettings(temperature=0.0)
-
-
-# --- lm-evaluation-harness ------------------------------------------------------------------------
-
-CHOICES = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{file}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-TEXT = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{file}"}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{choices[gold]}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-ROWS = [("ab", ["c", "d"], 0), ("xyz", ["one", "two", "three"], 2), ("q", ["no", "yes"], 1)]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    pytest.importorskip("lm_eval")
-    import tiny_models
-
-    from esfast.engines.transformers import TransformersEngine
-
-    return TransformersEngine(tiny_models.llama(), tiny_models.byte_tokenizer(), batch_size=4)
-
-
-@pytest.fixture
-def yaml(tmp_path, monkeypatch) -> Path:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [json.dumps({"q": q, "choices": c, "gold": g}) for q, c, g in ROWS]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    for name, text in (("choose", CHOICES), ("write", TEXT)):
-        made = text.format(name=f"tiny_{name}", file=tmp_path / "rows.jsonl")
-        (tmp_path / f"{name}.yaml").write_text(made)
-    return tmp_path
-
-
-def by_hand(engine, context: str, continuation: str) -> float:
-    """log p(continuation | context), summed over its tokens."""
-    ids = [engine.tokenizer(text)["input_ids"] for text in (context, context + " " + continuation)]
-    logits = engine.model(torch.tensor([ids[1]])).logits.log_softmax(-1)[0]
-    return sum(logits[at - 1, ids[1][at]].item() for at in range(len(ids[0]), len(ids[1])))
-
-
-def test_lm_evals_tasks_score_the_live_model(engine, yaml):
-    prior = make_prior_task(str(yaml / "choose.yaml"), PriorSettings(size=10, samples=2))
-    with torch.inference_mode():
-        likely = [max(c, key=lambda one: by_hand(engine, q, one)) for q, c, _ in ROWS]
-    expected = [float(best == c[gold]) for best, (_, c, gold) in zip(likely, ROWS, strict=True)]
-    state = Weights(engine.table()).checksum()
-    (found,) = prior.evaluate(engine, 0)
-    assert (found.task, found.metric, found.prompts) == ("tiny_choose", "acc,none", 3)
-    assert found.greedy.values == tuple(expected) and found.sampled is None
-    assert Weights(engine.table()).checksum() == state
-    with torch.no_grad():  # the same object, so an edit is seen: now the other end of the ranking
-        engine.model.lm_head.weight.neg_()
-    try:
-        (turned,) = prior.evaluate(engine, 1)
-    finally:
-        with torch.no_grad():
-            engine.model.lm_head.weight.neg_()
-    assert turned.greedy.values != found.greedy.values
-
-
-def test_lm_evals_generating_tasks_are_sampled_too(engine, yaml):
-    settings = PriorSettings(size=10, samples=3, seed=7)
-    prior = make_prior_task(str(yaml / "write.yaml"), settings)
-    generator, side = torch.get_rng_state(), engine.tokenizer.padding_side
-    first, again = prior.evaluate(engine, 0)[0], prior.evaluate(engine, 0)[0]
-    assert first.metric == "exact_match,none" and len(first.sampled.values) == 3
-    assert (first.sampled.samples, first.sampled.temperature) == (3, 1.0)
-    assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
-    assert torch.equal(torch.get_rng_state(), generator) and engine.tokenizer.padding_side == side
-
-
-def test_samples_of_lm_evals_tasks_are_drawn(engine, yaml, monkeypatch):
-    """A uniform model: greedy answers are one text, samples are not."""
-    from esfast.prior import harness
-
-    prior = make_prior_task(str(yaml / "write.yaml"), PriorSettings(size=10, samples=1))
-    answers: list[list[str]] = []
-    evaluate = harness._run
-
-    def watch(model, tasks, size):
-        ask = model.generate_until
-
-        def told(requests, *rest, **more):
-            answers.append(ask(requests, *rest, **more))
-            return answers[-1]
-
-        model.generate_until = told
-        try:
-            return evaluate(model, tasks, size)
-        finally:
-            del model.generate_until
-
-    monkeypatch.setattr(harness, "_run", watch)
-    weight = engine.model.lm_head.weight
-    kept = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight.mul_(0.01)
-        prior.evaluate(engine, 0)
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
-    greedy, sampled = answers
-    assert sampled != greedy
-
-
-def test_a_folder_of_tasks_may_be_given(engine, yaml):
-    prior = make_prior_task("tiny_write", PriorSettings(size=2, samples=0), yaml)
-    (found,) = prior.evaluate(engine, 0)
-    assert (found.task, found.prompts, found.sampled) == ("tiny_write", 2, None)
-    with pytest.raises(ConfigError, match="is no folder"):
-        make_prior_task("tiny_write", FEW, yaml / "nowhere")
-    with pytest.raises(EsfastError, match="could not be loaded by lm-eval"):
-        (yaml / "broken.yaml").write_text(CHOICES.format(name="broken", file="no.jsonl"))
-        make_prior_task(str(yaml / "broken.yaml"), FEW)
-
-
-@pytest.mark.slow
-def test_lm_evals_own_names_are_known(yaml):
-    """Its index takes seconds; no data of its tasks is here, and that is what is said."""
-    pytest.importorskip("lm_eval")
-    with pytest.raises(EsfastError, match="could not be loaded by lm-eval"):
-        make_prior_task("lm_eval:hellaswag", FEW)
-    with pytest.raises(ConfigError, match="lm-eval has none of that name"):
-        make_prior_task("hellaswagg", FEW)
-
-
-def test_lm_evals_tasks_need_a_model_of_transformers(yaml):
-    pytest.importorskip("lm_eval")
-    prior = make_prior_task(str(yaml / "choose.yaml"), FEW)
-    with pytest.raises(ConfigError, match="the engine is NumberEngine"):
-        prior.evaluate(NumberEngine(), 0)
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def flags(tmp_path, monkeypatch) -> list[str]:
-    pytest.importorskip("transformers")
-    import tiny_models
-
-    monkeypatch.chdir(tmp_path)
-    tiny_models.llama(num_hidden_layers=1).save_pretrained("model")
-    tiny_models.byte_tokenizer().save_pretrained("model")
-    question_file(tmp_path, 6)
-    return [
-        *("train", "--model", "model", "--max-new-tokens", "4", "--population-size", "4"),
-        *("--prompts", "2", "--eval-size", "2", "--threads", "1", "--output", "run"),
-        *("--prior-tasks", "facts.jsonl,questions:plurals", "--prior-every", "2"),
-        *("--prior-size", "3", "--prior-samples", "2"),
-    ]
-
-
-def test_prior_tasks_from_flags_to_pictures_and_over_a_resume(flags, capsys):
-    assert run(*flags, "--generations", "2") == 0
-    out = capsys.readouterr().out
-    assert "prior tasks at generation 2: facts " in out and "    sampled   before " in out
-    first = Path("run", PRIOR).read_bytes()
-    config = read_json(Path("run/config.json"))
-    assert config["prior"]["samples"] == 2 and len(config["prior"]["tasks"]) == 2
-    assert Path("run/plots/prior.png").read_bytes().startswith(b"\x89PNG")
-    more = "facts.jsonl,questions:plurals,questions:capitals"
-    assert run("train", "--resume", "run", "--generations", "4", "--prior-tasks", more) == 0
-    lines = Path("run", PRIOR).read_bytes()
-    assert lines.startswith(first)
-    at = [(r["generation"], r["task"]) for r in read_lines(Path("run", PRIOR))]
-    assert len(at) == len(set(at)) == 9 and (0, "questions:capitals") in at
-    assert {generation for generation, _ in at} == {0, 2, 4}
-    capsys.readouterr()
-    assert run("train", "--resume", "run", "--prior-size", "4") == 2
-    assert "--prior-size 4 (it has 3)" in capsys.readouterr().err
-
-
-def test_lambda_auto_holds_the_papers_product(flags, capsys):
-    short = [*flags, "--generations", "1", "--prior-size", "1", "--no-plots", "--alpha", "0.02"]
-    for kind, weight in (("l2", 0.25), ("l1", 2.5e-4)):
-        decay = ["--weight-decay-type", kind, "--weight-decay-lambda", "auto"]
-        assert run(*short, *decay, "--output", kind) == 0
-        assert f"{kind} decay with lambda {weight:g}" in capsys.readouterr().out
-        config = read_json(Path(kind, "config.json"))
-        found = config["settings"]["strategy"]["decay"]
-        assert found["kind"] == kind and math.isclose(found["weight"], weight)
-        assert config["arguments"]["weight_decay_lambda"] == "auto"
-
-
-def test_bad_flags_are_refused_before_a_model_is_loaded(flags, capsys):
-    cases = [
-        (["--prior-tasks", "facts.jsonl,,x"], "has an empty name"),
-        (["--prior-tasks", "facts.jsonl,facts.jsonl"], "given twice"),
-        (["--prior-every", "0"], "whole number of 1 or more"),
-        (["--weight-decay-lambda", "some"], "'some' is not a number or 'auto'"),
-        (["--weight-decay-lambda", "auto"], "--weight-decay-type"),
-    ]
-    for arguments, words in cases:
-        assert run(*flags, "--model", "nowhere/at all", *arguments) == 2
-        err = capsys.readouterr().err
-        assert words in err and len(err.splitlines()) == 1
-    assert not Path("run").exists()
-
-
-def test_the_picture_shows_every_task(tmp_path, monkeypatch):
-    trainer = trained(tmp_path)
-    trainer.progress.console = Console(file=io.StringIO())
-    trainer.run()
-    panels: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        "esfast.plots.picture", lambda path, drawn, made: panels.append((path.name, len(drawn)))
-    )
-    draw_run(tmp_path / "run")
-    assert ("prior.png", 2) in panels

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_cli import here, run, tiny_model, vowels  # noqa: F401  (fixtures)
+from test_cli import here, run, vowels  # noqa: F401  (fixtures)
 from vllm_tiny import OPTIONS, save_tiny
 from workers_driver import Numbers, Targets
 

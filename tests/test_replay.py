@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +31,6 @@ from esfast.anchor import Anchor
 from esfast.journal import Journal, export_journal, read_journal
 from esfast.journal_format import GenerationRecord, MarkRecord, SegmentRecord
 from esfast.replay import catch_up, header_of, keep_journal, replay, require_base, strategy_of
-from esfast.snapshots import load_snapshot, save_snapshot
 
 DECAYS = (None, AnchoredDecay("l1", 0.5), AnchoredDecay("l2", 5.0))
 GENERATIONS = 3
@@ -330,84 +327,6 @@ def test_the_anchor_stays_the_original_base(tmp_path):
     assert_tensors(again, whole)
 
 
-# --- snapshots --------------------------------------------------------------------------------
-
-
-def snapshot_run(tmp_path: Path, memory: str, model: Model) -> Journal:
-    es = strategy(model, memory, decay=DECAYS[2])
-    with keep_journal(es, tmp_path / "j") as writer:
-        for number in range(6):
-            es.step(np.random.default_rng(number).normal(size=6))
-            if number in (1, 3):
-                save_snapshot(tmp_path / "s", es.weights, es.generation, writer.chain)
-    return read_journal(tmp_path / "j")
-
-
-@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
-def test_a_snapshot_spares_replay_and_changes_nothing(memory, tmp_path):
-    base = tensors("bfloat16", nasty_bits)
-    model, again = clones(base), clones(base)
-    journal = snapshot_run(tmp_path, memory, model)
-    assert [p.name for p in (tmp_path / "s").iterdir()] == ["generation-000004.safetensors"]
-    es = strategy(again, memory, decay=DECAYS[2])
-    steps: list[int] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        catch_up(es, journal, tmp_path / "s", after=steps.append)
-    assert steps == [5, 6]
-    assert_tensors(again, model)
-    es.weights.perturb(Member(3), 0.5)
-    es.weights.restore()
-    assert_tensors(again, model)
-
-
-@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
-def test_a_snapshot_of_the_end_needs_no_replay(memory, tmp_path):
-    """Live weights, and the base that members start from, are the snapshot's."""
-    base = tensors("bfloat16", plain_bits)
-    model, again = clones(base), clones(base)
-    es = strategy(model, memory)
-    with keep_journal(es, tmp_path / "j") as writer:
-        for number in range(2):
-            es.step(np.random.default_rng(number).normal(size=6))
-        save_snapshot(tmp_path / "s", es.weights, es.generation, writer.chain)
-    resumed = strategy(again, memory)
-    catch_up(resumed, read_journal(tmp_path / "j"), tmp_path / "s")
-    assert_tensors(again, model)
-    for run_of in (es, resumed):
-        run_of.weights.perturb(Member(5), 0.3)
-    assert_tensors(again, model)
-
-
-def test_a_snapshot_of_another_kind_is_passed_over(tmp_path):
-    base = tensors("bfloat16", plain_bits)
-    model, again = clones(base), clones(base)
-    journal = snapshot_run(tmp_path, "lean", model)
-    path = tmp_path / "s" / "generation-000004.safetensors"
-    good = path.read_bytes()
-    damaged = {"flipped": good[:-9] + bytes([good[-9] ^ 1]) + good[-8:], "cut": good[:-40],
-               "empty": b"", "text": b"not a tensor", "long": good + b"1"}  # fmt: skip
-    for what, data in damaged.items():
-        path.write_bytes(data)
-        fresh, notes = clones(base), []
-        es = strategy(fresh, decay=DECAYS[2])
-        assert load_snapshot(tmp_path / "s", es.weights, journal, notes.append) == 0, what
-        assert_tensors(fresh, base, what)
-        assert len(notes) == 1 and "passed over" in notes[0]
-    path.write_bytes(good)
-    other = run(strategy(clones(base), seed=12, decay=DECAYS[2]), tmp_path / "other", 6)
-    es = strategy(again, decay=DECAYS[2])
-    assert load_snapshot(tmp_path / "s", es.weights, other, lambda text: None) == 0
-    catch_up(es, journal, tmp_path / "s")
-    assert_tensors(again, model)
-
-
-def test_a_state_of_another_table_is_refused():
-    weights = strategy(tensors("bfloat16")).weights
-    with pytest.raises(Exception, match="does not fit this table of 5 segments"):
-        weights.load_state([torch.zeros(3)])
-
-
 # --- models -----------------------------------------------------------------------------------
 
 
@@ -460,28 +379,3 @@ def test_shards_of_a_tensor_are_a_run_of_the_whole(tmp_path):
     journal = run(es, tmp_path / "j")
     catch_up(strategy(again), journal)
     assert_tensors(again, {"w": torch.cat([left, right], dim=1)})
-
-
-# --- kills ------------------------------------------------------------------------------------
-
-
-def killed(tmp_path: Path, lives: int, seed: int, size: int) -> dict:
-    command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), str(tmp_path)]
-    command += [str(lives), str(seed), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    result = json.loads(done.stdout)
-    assert result["wrong"] == [] and sum(result["killed"].values()) == lives
-    return result
-
-
-def test_60_kills_and_every_resume_ends_with_the_same_weights(tmp_path):
-    """In writes, syncs, updates and snapshots, and anywhere: journals and weights are those of the
-    run that was never killed, to the bit."""
-    result = killed(tmp_path, 60, seed=1, size=40)
-    assert min(result["killed"].values()) >= 2 and result["runs"] >= 5
-
-
-@pytest.mark.slow
-def test_1000_kills(tmp_path):
-    result = killed(tmp_path, 1000, seed=2, size=4000)
-    assert min(result["killed"].values()) >= 50

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from number_engine import NumberEngine, Targets, interrupt_at
 from rich.console import Console
 from test_cli import REWARD, run
-from test_train import NumberEngine, Targets, interrupt_at
 
 from esfast import (
     AnchoredDecay,

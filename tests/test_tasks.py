@@ -1,28 +1,28 @@
-"""Tasks: the same problems everywhere, honest splits, scoring that never evaluates."""
+"""Tasks: the same problems everywhere, honest splits, scores that say what was right."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from esfast.errors import ConfigError, DataError
 from esfast.tasks import Example, Score, Task, make_task
 from esfast.tasks.countdown import Countdown
 from esfast.tasks.draws import Draws
-from esfast.tasks.expression import ExpressionError, evaluate
 from esfast.tasks.gsm8k import final_number
-from esfast.tasks.harmless import is_formula, is_plain
 from esfast.tasks.reasoning_gym import extract_answer
 
 
 def ids(examples: list[Example]) -> set[str]:
     return {example.id for example in examples}
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
 
 
 # --- draws and splits -------------------------------------------------------------------------
@@ -98,94 +98,7 @@ def test_the_problem_repeated_does_not_count_as_its_result():
     assert task.score(example, "6 - 3").value == pytest.approx(0.5 * 5 / 9)
 
 
-# --- the expression parser and countdown ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "value", "numbers"),
-    [
-        ("1 + 2 * 3", 7, [1, 2, 3]),
-        ("(1 + 2) * 3", 9, [1, 2, 3]),
-        ("8 - 3 - 2", 3, [8, 3, 2]),
-        ("8 / 4 / 2", 1, [8, 4, 2]),
-        ("1/3 + 2/3", 1, [1, 3, 2, 3]),
-        ("((5))", 5, [5]),
-        ("7/2", Fraction(7, 2), [7, 2]),
-    ],
-)
-def test_expressions_are_worth_what_they_say(text, value, numbers):
-    assert evaluate(text) == (value, numbers)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "",
-            "1 +",
-            "2 ** 3",
-            "7 // 2",
-            "-3 + 5",
-            "1 2",
-            "(1",
-            "1)",
-            "1.5",
-            "__import__('os')",
-            "a",
-        ),
-        *("1/0", "1/(2-2)", "(" * 100 + "1" + ")" * 100, "1" * 201, "9" * 13, "²", "1 = 1", "١"),
-    ],
-)
-def test_what_is_no_expression_is_refused(text):
-    with pytest.raises(ExpressionError):
-        evaluate(text)
-
-
-tree = st.recursive(
-    st.integers(0, 999).map(str),
-    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(
-        lambda t: f"({' '.join(t)})"
-    ),
-    max_leaves=8,
-)
-
-
-@given(tree)
-def test_the_parser_agrees_with_python_on_its_own_grammar(text):
-    try:
-        value, _ = evaluate(text)
-    except ExpressionError as error:
-        assert "division by zero" in str(error)
-        return
-    # The text was made here, from digits and operators; this is the second opinion.
-    wrapped = "".join(f"Fraction({part})" if part.isdigit() else part for part in _split(text))
-    assert value == _python(wrapped)
-
-
-def _split(text: str) -> list[str]:
-    return text.replace("(", "( ").replace(")", " )").split()
-
-
-def _python(text: str) -> Fraction:
-    import ast
-    import operator
-
-    kinds = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-    kinds[ast.Div] = operator.truediv
-
-    def value(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.BinOp):
-            return kinds[type(node.op)](value(node.left), value(node.right))
-        assert isinstance(node, ast.Call)
-        return Fraction(ast.literal_eval(node.args[0]))
-
-    return value(ast.parse(text, mode="eval").body)
-
-
-@given(st.text(max_size=60))
-def test_no_text_breaks_the_parser(text):
-    with suppress(ExpressionError):
-        evaluate(text)
+# --- countdown -------------------------------------------------------------------------------
 
 
 def countdown_example() -> Example:
@@ -233,57 +146,6 @@ def reachable(numbers: tuple[Fraction, ...]) -> set[Fraction]:
                 for value in (a + b, a - b, a * b, *([a / b] if b else [])):
                     found |= reachable((*rest, value))
     return found
-
-
-# --- what may be handed to a scorer that evaluates --------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text", ["[1, 2]", "[['a']]", "ABC DE", "1 2 3", "_ Q _\nQ _ _", '{"a": 1}']
-)
-def test_plain_answers_pass(text):
-    assert is_plain(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "__import__('os').system('x')",
-            "oracle_answer",
-            "entry['answer']",
-            "9**9**9",
-            "f()",
-            "a.b",
-        ),
-        *("[x for x in (1,)]", "f'{a}'", "x" * 5000, "'a' ['b']", "1 .real"),
-    ],
-)
-def test_answers_that_could_do_something_are_refused(text):
-    assert not is_plain(text)
-
-
-@pytest.mark.parametrize("text", ["3*x**2 + 2*x", "(1 + 2) / 3", "sin(x)/2 + C", "-x", "2**0.5"])
-def test_formulas_pass(text):
-    assert is_formula(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9**9**9",
-        "x.__class__",
-        "sin('a')",
-        "S('x')",
-        "9**(9*9)",
-        "(2**100)**100",
-        "lambda: 1",
-        "[1]",
-        *("__import__('os')", "open(1)", "1 if 1 else 2", "9" * 40, "(", "x" + "+x" * 2000),
-    ],
-)
-def test_texts_that_are_no_small_formula_are_refused(text):
-    assert not is_formula(text)
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------
@@ -345,11 +207,6 @@ def test_answers_are_extracted(completion, answer):
 # --- gsm8k ------------------------------------------------------------------------------------
 
 
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
-
-
 def gsm8k_rows(count: int) -> list[dict]:
     return [
         {"question": f"{n} and 1?", "answer": f"so it is {n + 1}\n#### {n + 1:,}"}
@@ -376,124 +233,7 @@ def test_gsm8k_refuses_rows_without_an_answer(tmp_path):
         make_task("gsm8k")
 
 
-# --- a user's own reward ----------------------------------------------------------------------
-
-REWARDS = """
-import os, sys, time, math
-
-print("noise on standard output")
-
-def length(example, completion):
-    print("more noise")
-    return len(completion) / example["longest"]
-
-def told(example, completion):
-    return 0.5, "half right"
-
-def modules(example, completion):
-    return float("torch" in sys.modules or "esfast" in sys.modules)
-
-def moody(example, completion):
-    if completion == "raise": raise KeyError("no")
-    if completion == "nan": return math.nan
-    if completion == "word": return "1.0"
-    if completion == "none": return None
-    if completion == "hang": time.sleep(600)
-    if completion == "die": os._exit(3)
-    if completion == "exit": sys.exit(1)
-    return 1
-
-not_a_function = 3
-"""
-
-
-@pytest.fixture
-def rewards(tmp_path, monkeypatch) -> Path:
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    (tmp_path / "base.py").write_text("raise RuntimeError('a file of the package was shadowed')")
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"say {n}", "longest": 10} for n in range(10)]
-    return write_rows(tmp_path / "prompts.jsonl", rows)
-
-
-def close_after(task: Task, request: pytest.FixtureRequest) -> Task:
-    request.addfinalizer(task.close)
-    return task
-
-
-def test_a_users_function_scores_and_its_output_does_no_harm(rewards, request):
-    task = close_after(make_task("custom", reward="my_rewards:length", data=rewards), request)
-    examples = task.train_batch(0, 0, 2)
-    assert [s.value for s in task.score_all(examples, ["hello", "é" * 20])] == [0.5, 2.0]
-    assert not ids(task.held_out(9)) & ids(task.train_batch(0, 0, 8))
-    light = close_after(make_task("custom", reward="my_rewards:modules", data=rewards), request)
-    assert light.score(examples[0], "").value == 0.0
-    by_path = make_task("custom", reward="my_rewards.py:told", data=rewards)
-    close_after(by_path, request)
-    assert by_path.score(examples[0], "") == Score(0.5, "half right")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_reward_that_raises_hangs_or_dies_costs_that_completion_alone(rewards, request, workers):
-    task = make_task(
-        "custom", reward="my_rewards:moody", data=rewards, timeout=1.0, failure_reward=-1.0,
-        workers=workers,
-    )  # fmt: skip
-    close_after(task, request)
-    wrong = ["raise", "nan", "word", "none", "hang", "die", "exit"]
-    completions = [text for bad in wrong for text in (bad, "fine")]
-    scores = task.score_all(task.train_batch(0, 0, len(completions)), completions)
-    assert [score.value for score in scores] == [-1.0, 1.0] * len(wrong)
-    assert [score.failed for score in scores] == [True, False] * len(wrong)
-    reasons = " / ".join(score.feedback for score in scores[::2])
-    for reason in (
-        "KeyError",
-        "nan",
-        "'1.0'",
-        "None",
-        "no answer within 1 s",
-        "code 3",
-        "SystemExit",
-    ):
-        assert reason in reasons
-
-
-@pytest.mark.parametrize(
-    ("reward", "reason"),
-    [
-        ("my_rewards:missing", "missing"),
-        ("no_such_module:f", "No module named"),
-        ("my_rewards:not_a_function", "not a function"),
-        ("my_rewards", "module:function"),
-    ],
-)
-def test_a_function_that_cannot_be_loaded_is_refused_at_once(rewards, reward, reason):
-    with pytest.raises(ConfigError, match=reason):
-        make_task("custom", reward=reward, data=rewards)
-
-
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ([{"prompt": "a"}, "{not json"], "line 2: not JSON"),
-        ([{"prompt": "a"}, "", [1]], "line 3: .*no JSON object"),
-        ([{"prompt": "a"}, {"text": "b"}], 'line 2: no "prompt"; the row has "text"'),
-        ([{"prompt": "a"}, {"prompt": 3}], 'line 2: "prompt" is 3'),
-        ([{"prompt": [{"role": "user"}]}], "line 1"),
-        ([{"prompt": "a"}, {"prompt": "a", "x": 1}], "one prompt"),
-        ([""], "no rows"),
-    ],
-)
-def test_bad_rows_are_named_by_line(rewards, rows, complaint):
-    with pytest.raises(DataError, match=complaint):
-        make_task("custom", reward="my_rewards:told", data=write_rows(rewards, rows))
-
-
-def test_prompts_both_trained_and_held_out_are_refused(rewards):
-    with pytest.raises(DataError, match="both in training and held out"):
-        make_task("custom", reward="my_rewards:told", data=rewards, eval_data=rewards)
-    with pytest.raises(DataError, match="cannot read nowhere"):
-        make_task("custom", reward="my_rewards:told", data="nowhere.jsonl")
+# --- any task ---------------------------------------------------------------------------------
 
 
 def test_a_task_that_misbehaves_costs_the_failure_reward():

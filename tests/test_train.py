@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from number_engine import SIZE, NumberEngine, Targets, interrupt_at, make_trainer, shown
 
 from esfast import (
     AnchoredDecay,
@@ -24,102 +21,13 @@ from esfast import (
     generation_seed,
     member_seed,
 )
-from esfast.engines.base import Completion, Sampling
-from esfast.held_out import HeldOut, rise, wilson
+from esfast.engines.base import Sampling
 from esfast.journal import read_journal
 from esfast.loggers import make_loggers, require_packages
-from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
 from esfast.plots import draw_run
-from esfast.progress import RunProgress
 from esfast.report import _shown, print_result
 from esfast.run_folder import RunFolder, append_line, read_lines
-from esfast.tasks import Example, Score, Task
-from esfast.train import TrainConfig, Trainer
-from esfast.weights import weights_of
-
-SIZE = 8
-
-
-class NumberEngine:
-    """Answers prompt "i" with its i-th weight; `before_call(n)` runs before the n-th generate."""
-
-    def __init__(self, before_call=lambda call: None):
-        self.weights = torch.zeros(SIZE)
-        self._table = ParameterTable.from_tensors({"weights": self.weights})
-        self.tokens_generated = 0
-        self.calls = 0
-        self.seen: list[list[str]] = []
-        self.before_call = before_call
-
-    def live_weights(self, memory="lean", anchor=False, threads=None):
-        return weights_of(self._table, memory, anchor, threads)
-
-    def generate(self, prompts, sampling):
-        self.before_call(self.calls)
-        self.calls += 1
-        self.seen.append(list(prompts))
-        self.tokens_generated += len(prompts)
-        return [Completion(f"{self.weights[int(p)].item():.9g}", 1, True) for p in prompts]
-
-    def weights_changed(self):
-        pass
-
-    def close(self):
-        pass
-
-
-class Targets(Task):
-    """Weight i should become i / SIZE; the first half is trained on, and so is held out."""
-
-    name = "targets"
-    max_new_tokens = 4
-
-    def __init__(self, fail_on=()):
-        self.fail_on = fail_on
-
-    def train_batch(self, seed, generation, count):
-        return [Example(f"{generation}-{n}", str(n % SIZE)) for n in range(count)]
-
-    def held_out(self, count):
-        return [Example(f"held-{n}", str(n)) for n in range(min(count, SIZE))]
-
-    def score(self, example, completion):
-        if example.prompt in self.fail_on:
-            raise ValueError("no score today")
-        error = abs(float(completion) - int(example.prompt) / SIZE)
-        return Score(-error, "closer", solved=error < 0.05)
-
-
-def make_trainer(tmp_path, engine=None, task=None, saved=None, **settings) -> Trainer:
-    strategy = {"sigma": 0.05, "alpha": 0.1, "population_size": 16, "antithetic": True, "seed": 5}
-    strategy |= settings.pop("strategy", {})
-    config = TrainConfig(
-        **{
-            "strategy": StrategyConfig(**strategy),
-            "sampling": Sampling(4),
-            "generations": 6,
-            "prompts": SIZE,
-            "eval_every": 2,
-            **settings,
-        }
-    )
-    made = {"made": {"esfast": "0", "commit": None, "noise_version": 1, "target": "t",
-                     "started": "now", "command": "test"}}  # fmt: skip
-    saves = [] if saved is None else saved
-    trainer = Trainer(
-        engine or NumberEngine(),
-        task or Targets(),
-        config,
-        RunFolder(tmp_path / "run", made),
-        save_model=lambda path: saves.append(path),
-    )
-    text = Console(file=io.StringIO(), width=200)
-    trainer.progress = RunProgress(config.generations, config.strategy.population_size, text)
-    return trainer
-
-
-def shown(trainer: Trainer) -> str:
-    return trainer.progress.console.file.getvalue()
+from esfast.train import TrainConfig
 
 
 def test_a_run_learns_and_writes_down_what_happened(tmp_path):
@@ -188,11 +96,6 @@ def weights_after(tmp_path, generations: int) -> torch.Tensor:
     trainer = make_trainer(tmp_path / f"first-{generations}", generations=generations)
     trainer.run()
     return trainer.engine.weights.clone()
-
-
-def interrupt_at(call: int):
-    """A real SIGINT in the middle of a generate, as Ctrl-C sends it."""
-    return lambda now: signal.raise_signal(signal.SIGINT) if now == call else None
 
 
 @pytest.mark.parametrize(("call", "whole"), [(2 + 16 + 7, 1), (2 + 3, 0), (2 + 32 + 1 + 15, 2)])
@@ -349,55 +252,3 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
 def test_a_missing_logger_is_refused_by_name():
     with pytest.raises(ConfigError, match="tensorboard, trackio"):
         require_packages(["nowhere"])
-
-
-# --- the numbers ------------------------------------------------------------------------------
-
-
-def held_out(values, solved=None) -> HeldOut:
-    marks = solved or [None] * len(values)
-    scores = tuple(Score(v, solved=s) for v, s in zip(values, marks, strict=True))
-    return HeldOut(0, scores, tuple("" for _ in values))
-
-
-def test_the_interval_is_the_textbooks():
-    values = [0.0, 1.0, 1.0, 0.5]
-    mean, half = 0.625, 1.959964 * np.std(values, ddof=1) / 2
-    assert held_out(values).interval == pytest.approx((mean - half, mean + half))
-    assert held_out([0.3]).interval == (0.3, 0.3)
-    assert held_out([0.0, 1.0], [False, True]).solved == 0.5
-    assert held_out([0.0, 1.0]).solved is None
-
-
-def test_wilsons_interval_keeps_to_shares_and_has_width():
-    # Newcombe (1998), Stat. Med. 17: 81 of 263 and 0 of 20
-    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(1.0, 20)[1] == 1.0
-
-
-def test_the_rise_is_paired():
-    before, after = held_out([0.0, 0.5, 1.0]), held_out([0.1, 0.6, 1.1])
-    assert rise(before, after)[0] == pytest.approx(0.1)
-    assert rise(before, after)[1] > 1e6  # every prompt rose alike
-    assert rise(before, before) == (0.0, 0.0)
-    apart = held_out([1.0, 0.5, 1.0])
-    assert rise(before, apart) == pytest.approx((1 / 3, 1.0))
-
-
-def test_every_second_has_one_name(monkeypatch):
-    now = iter([0.0, 1.0, 4.0, 4.5, 5.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock()
-    clock.lap(GENERATION)
-    clock.lap(SCORING)
-    clock.lap(UPDATE)
-    clock.lap("setup")
-    assert clock.seconds == {GENERATION: 1.0, SCORING: 3.0, UPDATE: 0.5, "setup": 0.5}
-    assert clock.outside_share() == pytest.approx(0.5 / 4.5)
-    assert set(INSIDE) < set(LOOP)
-
-
-def test_the_time_before_a_clock_starts_can_be_told():
-    assert Clock(earlier=2.5).seconds == {"setup": 2.5}
-    assert seconds_since_import() > 0.1 or not Path("/proc/uptime").exists()

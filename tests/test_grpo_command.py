@@ -1,0 +1,80 @@
+"""`esfast grpo`: what it writes, goes on from and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+from esfast.grpo import CHECKPOINTS
+from esfast.run_folder import read_json, read_lines
+
+pytest.importorskip("trl")
+pytest.importorskip("transformers")
+
+
+def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
+    tmp_path, tiny_model, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    shared = ("--model", str(tiny_model), "--prompts", "2", "--eval-size", "2", "--output", "run")
+    grpo = ("grpo", *shared, "--group-size", "2", "--generations", "1", "--threads", "1")
+    assert run(*grpo, "--checkpoint-every", "1", "--prior-tasks", "arithmetic",
+               "--prior-size", "2", "--prior-samples", "0") == 0  # fmt: skip
+    out = capfd.readouterr().out
+    assert "tuned: " in out and "not tuned: " in out and "held-out score" in out
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["method"] == "grpo" and config["settings"]["group_size"] == 2
+    assert config["tuning"].keys() == {"tuned", "not_tuned", "fixed"}
+    assert config["made"]["packages"]["trl"]
+    assert [r["generation"] for r in read_lines(Path("run/prior.jsonl"))] == [0, 1]
+    assert {p.name for p in Path("run/plots").iterdir()} >= {"reward.png", "held_out.png"}
+    assert run("train", "--resume", "run") == 2
+    assert "made by `esfast grpo`" in capfd.readouterr().err
+    assert run("grpo", "--resume", "run", "--learning-rate", "1") == 2
+    assert "--learning-rate 1.0" in capfd.readouterr().err
+    assert run("grpo", "--resume", "run", "--generations", "2") == 0
+    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    assert run("grpo", "--resume", "run") == 0
+    again = read_json(Path("run/summary.json"))
+    assert again["held_out_after"]["generation"] == 2 and again["generations"] == 2
+    assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    (Path("run") / CHECKPOINTS).rename("elsewhere")
+    assert run("grpo", "--resume", "run", "--generations", "3") == 2
+    assert "no whole checkpoint" in capfd.readouterr().err
+
+
+def test_too_little_memory_is_said_before_training(tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("esfast.resources.available_memory", lambda: None)
+    shared = ("--model", str(tiny_model), "--prompts", "2", "--group-size", "2", "--output", "run")
+
+    def little(*_: object) -> None:
+        monkeypatch.setattr("esfast.resources.available_memory", lambda: 1000)
+
+    monkeypatch.setattr("esfast.grpo.peak_bytes", little)
+    assert run("grpo", *shared, "--eval-size", "2", "--no-plots") == 2
+    error = capsys.readouterr().err
+    assert "gradients and optimiser needs about 1 MB" in error
+    assert read_json(Path("run/summary.json"))["status"] == "failed"
+
+
+def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "trl.trainer.grpo_config", None)
+    assert run("grpo") == 2
+    error = capsys.readouterr().err
+    assert "esfast[forgetting]" in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_smollm2_learns_the_default_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("grpo", "--generations", "3", "--eval-size", "48", "--output", "run") == 0
+    summary = read_json(Path("run/summary.json"))
+    assert summary["rise"] > 0.2 and summary["rise_in_standard_errors"] > 4

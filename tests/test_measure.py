@@ -1,0 +1,27 @@
+"""The clock of a run: every second has one name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
+
+
+def test_every_second_has_one_name(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 4.5, 5.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    clock.lap(GENERATION)
+    clock.lap(SCORING)
+    clock.lap(UPDATE)
+    clock.lap("setup")
+    assert clock.seconds == {GENERATION: 1.0, SCORING: 3.0, UPDATE: 0.5, "setup": 0.5}
+    assert clock.outside_share() == pytest.approx(0.5 / 4.5)
+    assert set(INSIDE) < set(LOOP)
+
+
+def test_the_time_before_a_clock_starts_can_be_told():
+    assert Clock(earlier=2.5).seconds == {"setup": 2.5}
+    assert seconds_since_import() > 0.1 or not Path("/proc/uptime").exists()
