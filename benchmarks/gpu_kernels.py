@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +25,7 @@ import torch
 
 from esfast import ParameterTable, Weights
 from esfast.members import Member
+from esfast.provenance import commit
 
 FIELDS = ("what", "noise", "memory", "population", "elements", "ms", "ns_per_parameter", "gb_s")
 FIELDS += ("share_of_copy", "normals_s", "peer_ms", "times_peer", "device", "commit")
@@ -52,11 +53,6 @@ def timed(
     return statistics.median(times)
 
 
-def commit() -> str:
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"
-
-
 class Rows:
     """The table so far: on disk after each row, and printed at the end."""
 
@@ -64,7 +60,8 @@ class Rows:
         self.path = path
         self.copy_gb_s = 0.0
         self.rows: list[dict[str, Any]] = []
-        self.fixed = {"device": torch.cuda.get_device_name(), "commit": commit()}
+        source = commit() or os.environ.get("ESFAST_COMMIT") or "unknown"  # a copy has no .git
+        self.fixed = {"device": torch.cuda.get_device_name(), "commit": source}
 
     def add(self, what: str, elements: int, ms: float, moved: float = 0.0, **more: Any) -> None:
         row = {"what": what, "elements": elements, "ms": round(ms, 4), **more, **self.fixed}

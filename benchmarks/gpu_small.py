@@ -1,6 +1,7 @@
 """Every kernel once, on small odd tables: what compute-sanitizer is pointed at.
 
-Prints a line and exits 0; the bits are tests/test_gpu.py's business.
+Prints a line a table, so that a run cut short says how far it came, and exits 0; the bits are
+tests/test_gpu.py's business.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def members(noise: str, count: int) -> list[Member]:
     return [Member(9 if shared else n, noise=noise, index=n if shared else 0) for n in range(count)]
 
 
-def walk(dtype: torch.dtype, memory: str, noise: str, population: int) -> str:
+def walk(dtype: torch.dtype, memory: str, noise: str, population: int) -> None:
     model = {f"w{n}": torch.randn(n, device="cuda").to(dtype) for n in SIZES}
     model["strided"] = torch.randn(60, 40, device="cuda").to(dtype)[::2, 1::2]
     model["odd"] = torch.randn(1000, device="cuda").to(dtype)[3:]
@@ -31,7 +32,7 @@ def walk(dtype: torch.dtype, memory: str, noise: str, population: int) -> str:
     decay = AnchoredDecay("l2", 1.0)
     values = [1e-3] * population
     weights.update(members(noise, population), values, decay=decay, alpha=0.1, seed=3)
-    return weights.checksum()
+    print(dtype, memory, noise, population, weights.checksum())
 
 
 def main() -> None:

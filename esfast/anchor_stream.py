@@ -175,8 +175,9 @@ class AnchorStream:
     def _gather(self, window: Window, number: int) -> None:
         """Host pages to pinned memory; torch's threads copy, and fault the pages in."""
         buffer = number % 2
-        if number >= 2 and self._side is not None:
-            self._copied[buffer].synchronize()  # the pinned buffer is free again
+        if self._side is not None:
+            self._copied[buffer].synchronize()  # the pinned buffer is free again: of this update's
+            # copies, or of one that was interrupted (an event never recorded does not wait)
         for address, size, offset in window.copies:
             pages = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
             self._pinned[buffer][offset : offset + size].copy_(torch.from_numpy(pages))

@@ -22,6 +22,7 @@ from esfast.errors import ParameterError, StateError
 _SAMPLE_STRIDE = 16  # every 16th tile tells the size of the first lists to a few per cent
 _SLACK = 1.25  # over the demand seen: the next member's differs, and so does the slabs' order
 _LARGEST_SLAB, _SMALLEST_SLAB = 4096, 64  # words of 4 bytes that a warp reserves at once
+_MOST_WORDS = 2**32 - 1  # that a list's 32-bit offsets can name: 17 GB of exceptions
 
 
 def driver() -> Any:
@@ -96,7 +97,7 @@ class DeviceTable:
         spans, self.tiles = kernels.plan(rows)
         self._count = len(spans) // kernels.span_bytes
         self._spans = torch.from_numpy(spans).to(device)
-        self._sum = torch.zeros(1, dtype=torch.int64, device=device)
+        self._sum = torch.empty(1, dtype=torch.int64, device=device)
 
     def _stream(self) -> int:
         if self.device.type != "cuda":
@@ -155,7 +156,7 @@ class DeviceTable:
             self._record(records, noise, member, scale)
             assert records.values is not None and records.demand is not None
             needed = int(records.demand.item())
-            if needed <= records.values.numel():
+            if needed <= min(records.values.numel(), _MOST_WORDS):
                 return
             self.restore(records, threads)
             self._grow(records, needed)
@@ -182,9 +183,15 @@ class DeviceTable:
 
     def _grow(self, records: DeviceRecords, demand: int) -> None:
         """A list for that many words, and for what each warp's last slab leaves unused."""
+        if demand > _MOST_WORDS:
+            raise MemoryError(
+                f"lean memory's lists hold {4 * _MOST_WORDS / 1e9:.0f} GB a table, and rounding "
+                f"loses {4 * demand / 1e9:.0f} GB at this sigma; the weights are restored. Use "
+                'memory="shadow", or lower sigma.'
+            )
         warps = max(1, int(self._kernels.warps(self._index)))
         records.slab = max(_SMALLEST_SLAB, min(_LARGEST_SLAB, demand // warps // 8))
-        words = int(demand * _SLACK) + warps * records.slab
+        words = min(int(demand * _SLACK) + warps * records.slab, _MOST_WORDS)
         records.values = None  # first: the old list may be what leaves no room for the new one
         try:
             records.values = torch.empty(words, dtype=torch.int32, device=self.device)

@@ -357,3 +357,14 @@ def test_rates_are_short() -> None:
     assert [short(v) for v in (1.234e12, 5.6e9, 7e6, 12345.0, 0.5)] == [
         "1.23 T", "5.6 G", "7 M", "12.3 k", "0.5",
     ]  # fmt: skip
+
+
+def test_cuda_without_a_number_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no "cuda" alone."""
+    from esfast.bench.command import _device
+
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert (_device("cuda"), _device("cuda:1")) == ("cuda", "cuda:1")
+    assert chosen == [torch.device("cuda:1")]

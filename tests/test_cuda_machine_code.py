@@ -20,18 +20,20 @@ from esfast import _core
 
 # Per element: a Gaussian pair has 18 (1 + 7 + 1 for the logarithm, 2 for the root, 3 and 4 for sine
 # and cosine); perturb 1 a pair of dtypes (5 with masters, 3 in lean memory, twice where the loss is
-# looked for); l2 decay 1 a pair of dtypes; an update adds 1 a member. A thread has 16 elements.
+# looked for); l2 decay 1 a pair of dtypes; an update adds 1 a member; a Hadamard member's value is
+# 1, exact before it rounds. A thread has 16 elements.
 GAUSSIAN, ONE = 8 * 18, 16
+HADAMARD = ONE
 FUSED = {
     ("perturb_kernel", "gaussian"): GAUSSIAN + 5 * ONE,
     ("perturb_kernel", "rademacher"): 5 * ONE,
-    ("perturb_kernel", "hadamard"): 5 * ONE,
+    ("perturb_kernel", "hadamard"): HADAMARD + 5 * ONE,
     ("record_kernel", "gaussian"): GAUSSIAN + 3 * 2 * ONE,
     ("record_kernel", "rademacher"): 3 * 2 * ONE,
-    ("record_kernel", "hadamard"): 3 * 2 * ONE,
+    ("record_kernel", "hadamard"): HADAMARD + 3 * 2 * ONE,
     ("restore_kernel", "gaussian"): GAUSSIAN + 3 * ONE,
     ("restore_kernel", "rademacher"): 3 * ONE,
-    ("restore_kernel", "hadamard"): 3 * ONE,
+    ("restore_kernel", "hadamard"): HADAMARD + 3 * ONE,
     ("update_kernel", "gaussian"): GAUSSIAN + ONE + 5 * ONE,
     ("update_kernel", "rademacher"): 5 * ONE,
     ("hadamard_kernel", ""): 5 * ONE,

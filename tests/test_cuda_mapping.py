@@ -204,6 +204,24 @@ def test_lists_grow_until_they_hold_everything(emulated: None, dtype: str) -> No
     assert held[0] < held[-1] and bits.nbytes < held[-1] < 2 * bits.nbytes
 
 
+def test_lists_beyond_their_offsets_are_refused(
+    emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of more words than 32 bits can name: the weights as they were, and an error."""
+    bits = plain_bits("bfloat16", 50_001)
+    model = {"w": tensor_of(bits, "bfloat16")}
+    lean = made(model, "lean")
+    lean.perturb(member("gaussian"), 1e-6)
+    monkeypatch.setattr(device_table, "_MOST_WORDS", 6000)  # all 50,001 would take 25,001
+    with pytest.raises(MemoryError, match="shadow"):
+        lean.perturb(member("gaussian"), 1e4)
+    assert not lean.perturbed
+    assert_bits(model["w"], bits, "restored")
+    lean.perturb(member("gaussian"), 1e-6)
+    lean.restore()
+    assert_bits(model["w"], bits, "restored")
+
+
 def test_a_table_of_nothing(emulated: None) -> None:
     w = Weights(ParameterTable.from_tensors({"empty": torch.zeros(0, 4)}))
     w.perturb(member("gaussian"), 0.1)

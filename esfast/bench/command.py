@@ -187,7 +187,8 @@ def _device(name: str) -> str:
         raise ConfigError(f"--device {name!r} is neither a CPU nor a CUDA device.")
     if device.type == CPU:
         return CPU
-    torch.cuda.set_device(device)  # events are recorded on its stream
+    if device.index is not None:  # "cuda" is the current one, and no argument of set_device
+        torch.cuda.set_device(device)  # events are recorded on its stream
     return str(device)
 
 
