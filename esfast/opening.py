@@ -42,11 +42,17 @@ def _vllm(args: argparse.Namespace) -> Opened:
         dtype=args.dtype,
         batch_size=args.batch_size,
         tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
         threads=args.threads,
-        options=dict(option(text, "--engine-option") for text in args.engine_option),
+        options=_options(args),
     )
     return Opened(engine, _anchor(args, engine.folder), engine.save)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's own arguments among the flags; --engine-option wins."""
+    share = args.gpu_memory_utilization
+    given = {} if share is None else {"gpu_memory_utilization": share}
+    return {**given, **dict(option(text, "--engine-option") for text in args.engine_option)}
 
 
 def _require_no_torchrun() -> None:

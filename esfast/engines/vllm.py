@@ -43,6 +43,7 @@ WORKER = "esfast.engines.vllm_worker.WorkerExtension"
 PLANS_KEPT = 8
 CACHE_SHARE = 8  # of the free memory of a CPU, where nothing else is asked for
 MOST_CACHE, LEAST_CACHE = 4 << 30, 1 << 28
+TELL_MEMORY = frozenset(("gpu_memory_utilization", "kv_cache_memory_bytes"))  # of the options
 PROBE_TOKENS, PROBE_NEW = 12, 2
 QUANTISED = "quantization_config"
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -65,10 +66,10 @@ class VLLMEngine:
 
     model: a folder, or a name as `esfast.models` knows it; dtype: of the weights, such as
     "bfloat16"; batch_size: the most prompts computed together, vLLM's own choice if None;
-    system_prompt, chat: as of `TransformersEngine`; tensor_parallel_size: devices;
-    gpu_memory_utilization: the share of a device that vLLM may take (None: vLLM's own; on a CPU an
-    eighth of what is free, for its cache); threads: a worker on a CPU, all cores between them if
-    None; options: further arguments of `vllm.LLM`.
+    system_prompt, chat: as of `TransformersEngine`; tensor_parallel_size: devices; threads: a
+    worker on a CPU, all cores between them if None; options: further arguments of `vllm.LLM`, such
+    as gpu_memory_utilization, the share of a device that it may take (on a CPU its cache gets an
+    eighth of what is free where no option says otherwise).
 
     Raises ConfigError for a quantised model or another setting that cannot work, ParameterError for
     weights that cannot be edited or whose edits do not reach the answers, EsfastError where vLLM
@@ -84,7 +85,6 @@ class VLLMEngine:
         system_prompt: str | None = None,
         chat: bool | None = None,
         tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float | None = None,
         threads: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -109,7 +109,7 @@ class VLLMEngine:
             "dtype": dtype,
             "tensor_parallel_size": tensor_parallel_size,
             **({} if batch_size is None else {"max_num_seqs": batch_size}),
-            **_memory(gpu_memory_utilization, tensor_parallel_size, options or {}),
+            **_memory(tensor_parallel_size, options or {}),
             **(options or {}),
         }
         self._llm: Any = _start(self.folder, given)
@@ -310,13 +310,11 @@ def _require_plain(folder: Path, options: Mapping[str, Any]) -> None:
         )
 
 
-def _memory(share: float | None, workers: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def _memory(workers: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's own share of a GPU, or of a machine's memory that others use too a modest one."""
     from vllm.platforms import current_platform
 
-    if share is not None:
-        return {"gpu_memory_utilization": share}
-    told = "kv_cache_memory_bytes" in options or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    told = not TELL_MEMORY.isdisjoint(options) or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     room = available_memory()
     if told or room is None or not current_platform.is_cpu():
         return {}
