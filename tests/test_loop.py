@@ -138,13 +138,13 @@ def test_a_loop_that_dies_late_leaves_the_next_one_alone() -> None:
     assert_bits(model.weight, before)
 
 
-BAD_REWARDS: dict[str, Any] = {
-    "short": [1.0] * 5,
-    "long": [1.0] * 7,
-    "empty": [],
-    "nan": [1.0, 2.0, float("nan"), 1.0, 1.0, 1.0],
-    "words": ["a"] * 6,
-    "matrix": np.zeros((6, 2)),
+BAD_REWARDS: dict[str, tuple[Any, str]] = {
+    "short": ([1.0] * 5, "5 rewards were given for a population of 6"),
+    "long": ([1.0] * 7, "7 rewards were given for a population of 6"),
+    "empty": ([], "0 rewards were given for a population of 6"),
+    "nan": ([1.0, 2.0, float("nan"), 1.0, 1.0, 1.0], r"the first is nan at \[2\]"),
+    "words": (["a"] * 6, "are not numbers"),
+    "matrix": (np.zeros((6, 2)), r"rewards of shape \(6, 2\)"),
 }
 
 
@@ -155,8 +155,9 @@ def test_bad_rewards_change_nothing(case: str) -> None:
     before = bits_of(model.weight)
     for _ in es.population():
         pass
-    with pytest.raises(EsfastError):
-        es.step(BAD_REWARDS[case])
+    rewards, said = BAD_REWARDS[case]
+    with pytest.raises(EsfastError, match=said):
+        es.step(rewards)
     assert_bits(model.weight, before)
     assert es.generation == 0
     es.step([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])

@@ -215,19 +215,21 @@ def _overflowing(es: EvolutionStrategy) -> EvolutionStrategy:
 def test_another_base_is_refused_before_anything_moves(tmp_path):
     base = tensors("bfloat16", plain_bits)
     journal = run(strategy(clones(base)), tmp_path / "j")
+    two = torch.zeros(2, dtype=torch.bfloat16)
+    norm = base["model.norm.weight"] + 0.25
     cases = {
-        "one bit": {**clones(base), "model.norm.weight": clones(base)["model.norm.weight"] + 0.25},
-        "a tensor more": {**clones(base), "model.more": torch.zeros(3, dtype=torch.bfloat16)},
-        "a tensor less": {n: t for n, t in clones(base).items() if n != "model.scale"},
-        "another shape": {**clones(base), "model.scale": torch.zeros(2, dtype=torch.bfloat16)},
-        "another dtype": {name: tensor.float() for name, tensor in base.items()},
+        "have checksum": {**clones(base), "model.norm.weight": norm},
+        "model.more": {**clones(base), "model.more": two},
+        "'model.scale' is not there": {n: t for n, t in clones(base).items() if n != "model.scale"},
+        "shape (2,)": {**clones(base), "model.scale": two},
+        "float32": {name: tensor.float() for name, tensor in base.items()},
     }
-    for what, model in cases.items():
+    for said, model in cases.items():
         before = clones(model)
         with pytest.raises(DataError, match="that the run started from") as refused:
             catch_up(strategy(model), journal)
-        assert_tensors(model, before, what)
-        assert "model." in str(refused.value) or "checksum" in str(refused.value)
+        assert_tensors(model, before, said)
+        assert said in str(refused.value)
 
 
 def test_another_anchor_is_refused(tmp_path):

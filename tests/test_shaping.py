@@ -139,15 +139,15 @@ def test_huge_rewards_never_become_nan(method: str, value: float) -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    for arguments in (
-        (REWARDS, "best"),
-        (REWARDS.reshape(7, 1), "rank"),
-        (np.array([]), "rank"),
-        (REWARDS, "group_centered"),
+    for rewards, method, said in (
+        (REWARDS, "best", "shaping 'best' is unknown"),
+        (REWARDS.reshape(7, 1), "rank", r"shape \(7, 1\); expected one reward a member"),
+        (np.array([]), "rank", r"shape \(0,\); expected one reward a member"),
+        (REWARDS, "group_centered", r"shape \(7,\); expected a \[population, prompts\] matrix"),
     ):
-        with pytest.raises(EsfastError):
-            shape(*arguments)
-    with pytest.raises(EsfastError):
+        with pytest.raises(EsfastError, match=said):
+            shape(rewards, method)
+    with pytest.raises(EsfastError, match="nan='ignore' is unknown"):
         shape(REWARDS, "rank", nan="ignore")
 
 

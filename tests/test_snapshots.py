@@ -11,7 +11,7 @@ import torch
 from cases import assert_tensors, clones, nasty_bits, plain_bits, tensors
 from test_replay import DECAYS, Model, run, strategy
 
-from esfast import Member
+from esfast import Member, ParameterError
 from esfast.journal import Journal, read_journal
 from esfast.replay import catch_up, keep_journal
 from esfast.snapshots import load_snapshot, save_snapshot
@@ -88,5 +88,5 @@ def test_a_snapshot_of_another_kind_is_passed_over(tmp_path):
 
 def test_a_state_of_another_table_is_refused():
     weights = strategy(tensors("bfloat16")).weights
-    with pytest.raises(Exception, match="does not fit this table of 5 segments"):
+    with pytest.raises(ParameterError, match="does not fit this table of 5 segments"):
         weights.load_state([torch.zeros(3)])

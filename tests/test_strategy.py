@@ -67,7 +67,7 @@ BAD_CONFIG: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", BAD_CONFIG, ids=str)
 def test_bad_configurations_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(EsfastError):
+    with pytest.raises(EsfastError, match=f"{next(iter(fields))} "):
         Strategy(StrategyConfig(**fields))
 
 

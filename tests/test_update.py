@@ -6,6 +6,7 @@ Each case runs on every target and both exact memory modes; the fp32 master has 
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -303,27 +304,30 @@ def two_generations() -> list[Member]:
     return [Member(seed=1, noise="hadamard"), Member(seed=2, noise="hadamard", index=1)]
 
 
-BAD_UPDATES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "lengths": ((population("gaussian", 3), [1.0]), {}),
-    "nan": ((population("gaussian", 1), [float("nan")]), {}),
-    "infinite": ((population("gaussian", 1), [float("inf")]), {}),
-    "rounding": ((population("gaussian", 1), [1.0]), {"rounding": "up"}),
-    "no alpha": ((population("gaussian", 1), [1.0]), {"decay": AnchoredDecay("l2", 1.0)}),
-    "no anchor": (
-        (population("gaussian", 1), [1.0]), {"decay": AnchoredDecay("l2", 1.0), "alpha": 0.1}
+BAD_UPDATES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "lengths": ((population("gaussian", 3), [1.0]), {}, "3 members and coefficients of shape"),
+    "nan": ((population("gaussian", 1), [float("nan")]), {}, "coefficient 0 is not a finite"),
+    "infinite": ((population("gaussian", 1), [float("inf")]), {}, "coefficient 0 is not a finite"),
+    "rounding": ((population("gaussian", 1), [1.0]), {"rounding": "up"}, "rounding 'up'"),
+    "no alpha": (
+        (population("gaussian", 1), [1.0]), {"decay": AnchoredDecay("l2", 1.0)}, "alpha is None"
     ),
-    "noises": ((mixed(), [1.0, 1.0]), {}),
-    "hadamard seeds": ((two_generations(), [1.0, 1.0]), {}),
-    "seed": ((population("gaussian", 1), [1.0]), {"seed": -1}),
+    "no anchor": (
+        (population("gaussian", 1), [1.0]), {"decay": AnchoredDecay("l2", 1.0), "alpha": 0.1},
+        "no anchor",
+    ),
+    "noises": ((mixed(), [1.0, 1.0]), {}, "gaussian and rademacher"),
+    "hadamard seeds": ((two_generations(), [1.0, 1.0]), {}, "have different seeds"),
+    "seed": ((population("gaussian", 1), [1.0]), {"seed": -1}, "rounding seed is -1"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_UPDATES)
 def test_bad_updates_change_nothing(case: str) -> None:
-    arguments, options = BAD_UPDATES[case]
+    arguments, options, said = BAD_UPDATES[case]
     model = tensors("bfloat16")
     weights = made(model, "lean")
-    with pytest.raises(EsfastError):
+    with pytest.raises(EsfastError, match=said):
         weights.update(*arguments, **options)
     assert_tensors(model, tensors("bfloat16"))
 
@@ -331,8 +335,8 @@ def test_bad_updates_change_nothing(case: str) -> None:
 @pytest.mark.parametrize("case", sorted(BAD_UPDATES.keys() - {"no anchor"}))
 def test_bad_updates_are_refused_where_they_are_made(case: str) -> None:
     """Before they are sent to weights that lie elsewhere, all of which must hold the same."""
-    arguments, options = BAD_UPDATES[case]
-    with pytest.raises(EsfastError):
+    arguments, options, said = BAD_UPDATES[case]
+    with pytest.raises(EsfastError, match=said):
         Update(*arguments, **options)
 
 
@@ -357,10 +361,10 @@ def test_an_update_crosses_whole() -> None:
 
 def test_decay_that_overshoots_is_refused() -> None:
     weights = made(tensors("bfloat16"), "lean", anchor=anchor_for("bfloat16"))
-    with pytest.raises(EsfastError):
+    with pytest.raises(EsfastError, match="past their anchor"):
         weights.update(population("gaussian", 1), [0.0], decay=AnchoredDecay("l2", 10.0), alpha=0.1)
-    for kind, weight in (("l3", 1.0), ("l2", -1.0), ("l1", float("nan"))):
-        with pytest.raises(EsfastError):
+    for kind, weight, said in (("l3", 1.0, "'l3'"), ("l2", -1.0, "-1.0"), ("l1", math.nan, "nan")):
+        with pytest.raises(EsfastError, match=said):
             AnchoredDecay(kind, weight)
 
 

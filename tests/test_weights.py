@@ -259,12 +259,15 @@ def test_cycles_do_not_drift(dtype: str, memory: str) -> None:
 def test_bad_sigmas_change_nothing(sigma: float) -> None:
     model = tensors("bfloat16")
     weights = made(model, "lean")
-    with pytest.raises(EsfastError):
+    with pytest.raises(EsfastError, match="sigma is"):
         weights.perturb(member("gaussian"), sigma)
     assert_tensors(model, tensors("bfloat16"))
 
 
 def test_bad_memory_and_threads() -> None:
-    for options in ({"memory": "fat"}, {"memory": "lean", "threads": 0}):
-        with pytest.raises(EsfastError):
+    for options, said in (
+        ({"memory": "fat"}, "memory 'fat' is unknown"),
+        ({"memory": "lean", "threads": 0}, "threads is 0"),
+    ):
+        with pytest.raises(EsfastError, match=said):
             Weights(ParameterTable.from_tensors(tensors("bfloat16")), **options)
