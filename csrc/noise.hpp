@@ -53,7 +53,7 @@ ESFAST_FN void first_rounds(const Stream& s, uint32_t block, typename L::u32 (&x
   ESFAST_UNROLL
   for (int b = 0; b < B; ++b) {
     const auto p0 =
-        L::multiply(L::counters(block + static_cast<uint32_t>(b * L::width)), kPhiloxM0);
+        L::template multiply_counters<kPhiloxM0>(block + static_cast<uint32_t>(b * L::width));
     const auto p1 = L::multiply(L::xor_(L::high(p0), k0), kPhiloxM1);
     const auto q0 = L::multiply(L::xor_(L::high(p1), k1), kPhiloxM0);
     const auto q1 = L::multiply(L::xor_(L::low(p0), k2), kPhiloxM1);

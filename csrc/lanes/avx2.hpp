@@ -29,8 +29,14 @@ struct Avx2 {
   using sum64 = __m256i;
 
   // Lane 4q + r holds counter 2r + q.
-  ESFAST_FN u32 counters(uint32_t base) {
-    return add(set(base), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  template <uint32_t m>
+  ESFAST_FN product multiply_counters(uint32_t base) {
+    constexpr int64_t k = m;
+    const int64_t at_base = static_cast<int64_t>(static_cast<uint64_t>(base) * m);
+    const __m256i first = _mm256_set1_epi64x(at_base), low = set(base * m);
+    return {_mm256_add_epi64(first, _mm256_setr_epi64x(0, 4 * k, k, 5 * k)),
+            _mm256_add_epi64(first, _mm256_setr_epi64x(2 * k, 6 * k, 3 * k, 7 * k)),
+            add(low, _mm256_mullo_epi32(set(m), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)))};
   }
   ESFAST_FN product multiply(u32 a, uint32_t constant) {
     const __m256i c = _mm256_set1_epi64x(constant);

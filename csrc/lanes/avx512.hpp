@@ -30,8 +30,15 @@ struct Avx512 {
   using sum64 = __m512i;
 
   // Lane 4q + r holds counter 4r + q: then two rounds of unpack leave memory order (interleave).
-  ESFAST_FN u32 counters(uint32_t base) {
-    return add(set(base), _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  template <uint32_t m>
+  ESFAST_FN product multiply_counters(uint32_t base) {
+    constexpr int64_t k = m;
+    const int64_t at_base = static_cast<int64_t>(static_cast<uint64_t>(base) * m);
+    const __m512i first = _mm512_set1_epi64(at_base);
+    return {_mm512_add_epi64(first,
+                             _mm512_setr_epi64(0, 8 * k, k, 9 * k, 2 * k, 10 * k, 3 * k, 11 * k)),
+            _mm512_add_epi64(first, _mm512_setr_epi64(4 * k, 12 * k, 5 * k, 13 * k, 6 * k, 14 * k,
+                                                      7 * k, 15 * k))};
   }
   ESFAST_FN product multiply(u32 a, uint32_t constant) {
     const __m512i c = _mm512_set1_epi64(constant);

@@ -28,9 +28,12 @@ struct Neon {
   using mask = uint32x4_t;
   using sum64 = uint64x2_t;
 
-  ESFAST_FN u32 counters(uint32_t base) {
-    const uint32_t offsets[4] = {0, 1, 2, 3};
-    return vaddq_u32(vdupq_n_u32(base), vld1q_u32(offsets));
+  template <uint32_t m>
+  ESFAST_FN product multiply_counters(uint32_t base) {
+    const uint64_t offsets[4] = {0, m, 2ull * m, 3ull * m};
+    const uint64x2_t first = vdupq_n_u64(static_cast<uint64_t>(base) * m);
+    return {vreinterpretq_u32_u64(vaddq_u64(first, vld1q_u64(offsets))),
+            vreinterpretq_u32_u64(vaddq_u64(first, vld1q_u64(offsets + 2)))};
   }
   ESFAST_FN product multiply(u32 a, uint32_t constant) {
     const uint32x4_t c = vdupq_n_u32(constant);

@@ -29,7 +29,11 @@ struct Scalar {
   using sum64 = uint64_t;
 
   // Philox words.
-  ESFAST_FN u32 counters(uint32_t base) { return base; }
+  // m times the counters from `base`.
+  template <uint32_t m>
+  ESFAST_FN product multiply_counters(uint32_t base) {
+    return static_cast<uint64_t>(base) * m;
+  }
   ESFAST_FN product multiply(u32 a, uint32_t constant) {
     return static_cast<uint64_t>(a) * constant;
   }
