@@ -16,8 +16,8 @@ embedding and output at once counts once. Tokens are those of prompts and answer
 Left out: attention's own products, which grow with the square of the length (1 % of the rest for
 SmolLM2-135M at 50 tokens, 4 * layers * hidden * context FLOPs a token); padding, and what is saved
 by computing a common prompt prefix once; the optimiser's and the perturbations' passes over the
-weights, which are bound by memory and are in the seconds. The held-out evaluation is counted apart,
-prior tasks not at all.
+weights, which are bound by memory and are in the seconds. What was spent on measuring is counted
+apart, held-out prompts and prior tasks each.
 """
 
 from __future__ import annotations
@@ -91,13 +91,17 @@ class Account:
         tokens.prompt += prompt
         tokens.generated += generated
 
-    def record(self) -> dict[str, Any] | None:
-        """summary.json's "cost"; seconds and peak memory stand beside it there."""
+    def record(self, prior: tuple[int, int] | None = None) -> dict[str, Any] | None:
+        """summary.json's "cost"; seconds and peak memory stand beside it there.
+
+        prior: tokens read and generated for prior tasks, None where not all of them are known.
+        """
         if not self.known:
             return None
         return {
             "parameters": self.parameters,
             "training": self.training.record(self.parameters),
             "evaluation": self.evaluation.record(self.parameters),
+            "prior": prior and Tokens(*prior).record(self.parameters),
             "formula": FORMULA,
         }

@@ -375,7 +375,7 @@ class GrpoRun:
             clock=self.clock,
             failed_rewards=self._failed_rewards,
             prior=self.prior,
-            cost=self.account.record(),
+            cost=self.account.record(self.prior.tokens()),
         )
         record = {**result.record(), "held_out_as_bfloat16": stored and stored.record()}
         self.folder.write(SUMMARY, record)

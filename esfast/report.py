@@ -100,7 +100,7 @@ def _cost_lines(result: TrainResult) -> list[str]:
             f"{memory.inference_bytes / 1e6:.0f} MB of generating without training"
         )
     if result.cost is not None:
-        lines.append(_account_line(result.cost["training"]))
+        lines += [_account_line(result.cost["training"]), _measuring_line(result.cost)]
     if result.failed_rewards:
         lines.append(f"failed rewards  {result.failed_rewards} (each got the failure reward)")
     return lines
@@ -112,6 +112,20 @@ def _account_line(training: Mapping[str, int]) -> str:
         f"tokens, {training['backward']:,} backward; {training['forward_flops'] / 1e12:.3g} TFLOP "
         f"forward, {training['backward_flops'] / 1e12:.3g} backward"
     )
+
+
+def _measuring_line(cost: Mapping[str, Any]) -> str:
+    """What was spent on scores, and not on training."""
+    parts = []
+    for name, part in (("held-out", cost["evaluation"]), ("prior tasks", cost["prior"])):
+        if part is None:
+            parts.append(f"{name} not known")
+        elif part["prompt"]:
+            parts.append(
+                f"{name} {part['prompt']:,} prompt and {part['generated']:,} generated tokens, "
+                f"{part['flops'] / 1e12:.3g} TFLOP"
+            )
+    return f"measuring cost  {'; '.join(parts)}"
 
 
 def _shown(text: str) -> str:

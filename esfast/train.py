@@ -363,7 +363,7 @@ class Trainer:
             clock=self.clock,
             failed_rewards=self._failed_rewards,
             prior=self.prior,
-            cost=self.account.record(),
+            cost=self.account.record(self.prior.tokens()),
         )
         self.folder.write(SUMMARY, result.record())
         return result

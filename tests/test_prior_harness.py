@@ -76,6 +76,9 @@ def test_lm_evals_tasks_score_the_live_model(engine, yaml):
     (found,) = prior.evaluate(engine, 0)
     assert (found.task, found.metric, found.prompts) == ("tiny_choose", "acc,none", 3)
     assert found.greedy.values == tuple(expected) and found.sampled is None
+    texts = [f"{q} {choice}" for q, choices, _ in ROWS for choice in choices]
+    read = sum(len(engine.tokenizer(text)["input_ids"]) - 1 for text in texts)
+    assert (found.read_tokens, found.generated_tokens) == (read, 0)
     assert Weights(engine.table()).checksum() == state
     with torch.no_grad():  # the same object, so an edit is seen: now the other end of the ranking
         engine.model.lm_head.weight.neg_()
@@ -95,6 +98,9 @@ def test_lm_evals_generating_tasks_are_sampled_too(engine, yaml):
     assert first.metric == "exact_match,none" and len(first.sampled.values) == 3
     assert (first.sampled.samples, first.sampled.temperature) == (3, 1.0)
     assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
+    read = sum(len(engine.tokenizer(q)["input_ids"]) for q, _, _ in ROWS)
+    assert first.read_tokens == (1 + 3) * read
+    assert (1 + 3) * len(ROWS) <= first.generated_tokens <= 4 * (1 + 3) * len(ROWS)
     assert torch.equal(torch.get_rng_state(), generator) and engine.tokenizer.padding_side == side
 
 

@@ -100,15 +100,15 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
     rows = [_cost_row(report, run) for run in report.runs if run.summary]
     if rows:
         head = ("run", "prompt tokens", "generated tokens", "read again", "backward tokens",
-                "FLOPs", "training time", "measuring time", "not generating or scoring",
-                "peak memory")  # fmt: skip
+                "FLOPs", "FLOPs of measuring", "training time", "measuring time",
+                "not generating or scoring", "peak memory")  # fmt: skip
         formulas = dict.fromkeys(
             run.summary["cost"]["formula"] for run in report.runs
             if run.summary and run.summary.get("cost")
         )  # fmt: skip
         said = (
             "Of training; below FLOPs forward + backward, below memory the peak over that of "
-            "generating alone. Measuring is held-out and prior evaluation. "
+            "generating alone. Measuring is held-out prompts + prior tasks, and not training. "
         )
         section.parts.append(table(head, rows, said + "; ".join(formulas)))
     section.parts += _by_cost(report, pictures)
@@ -117,6 +117,11 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
         Missing(run.name, "the account of tokens and FLOPs (the run is of an earlier esfast)", None)
         for run in report.runs
         if run.summary and not run.summary.get("cost")
+    ]
+    section.missing += [
+        Missing(run.name, "the tokens of prior tasks (of an earlier esfast, or not told)", None)
+        for run in report.runs
+        if run.summary and run.summary.get("prior") and _prior_unknown(run.summary)
     ]
     section.missing += [
         Missing(run.name, "the summary: the run is not finished", _resume(run))
@@ -135,13 +140,15 @@ def _resume(run: RunData) -> str:
 
 def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
     assert run.summary is not None
-    summary, training = run.summary, (run.summary.get("cost") or {}).get("training", {})
+    summary, account = run.summary, run.summary.get("cost") or {}
+    training = account.get("training", {})
     spent = summary.get("seconds", {})
     apart = [spent[part] for part in APART if part in spent]
     return (
         report.named(run),
         *(large(training.get(name)) for name in ("prompt", "generated", "reread", "backward")),
         _flops(training),
+        _measuring_flops(account),
         seconds(_training_seconds(spent)),
         seconds(sum(apart) if apart else None),
         percent(summary.get("outside_share_of_loop")),
@@ -154,6 +161,20 @@ def _flops(training: Mapping[str, float]) -> Html:
         return Html(DASH)
     parts = (training["forward_flops"], training["backward_flops"])
     return over(large(training["flops"]), joined(map(large, parts), " + "))
+
+
+def _prior_unknown(summary: Mapping[str, Any]) -> bool:
+    account = summary.get("cost") or {}
+    return bool(account) and account.get("prior") is None
+
+
+def _measuring_flops(account: Mapping[str, Any]) -> Html | str:
+    """Held-out prompts + prior tasks; a dash for what an earlier esfast did not count."""
+    parts = [(account.get(part) or {}).get("flops") for part in ("evaluation", "prior")]
+    known = [part for part in parts if part is not None]
+    if not known:
+        return DASH
+    return over(large(sum(known)), joined(map(large, parts), " + "))
 
 
 def _peak(peak: int | None, ratio: float | None) -> Html | str:

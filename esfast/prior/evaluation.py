@@ -16,13 +16,13 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from esfast.engines.base import Engine, Sampling
+from esfast.engines.base import Completion, Engine, Sampling
 from esfast.errors import ConfigError, DataError
 from esfast.prior.scores import Estimate, PriorScore, outcome
 from esfast.run_folder import append_line
@@ -83,6 +83,19 @@ class PriorTask(Protocol):
         ...
 
 
+@dataclass
+class _Answered:
+    """What one evaluation of a task came to so far."""
+
+    read: int = 0
+    generated: int = 0
+    failed: int = 0
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        self.read += sum(completion.prompt_tokens for completion in completions)
+        self.generated += sum(completion.tokens for completion in completions)
+
+
 class OwnTask:
     """A task of esfast's, of which the held-out prompts are answered."""
 
@@ -101,13 +114,13 @@ class OwnTask:
         """Greedy answers, then K samples of every prompt."""
         began = time.perf_counter()
         limit, settings = self.max_new_tokens, self.settings
-        greedy, failed = self._values(engine, Sampling(limit), 1)
+        answered = _Answered()
+        greedy = self._values(engine, Sampling(limit), 1, answered)
         sampled = None
         if settings.samples:
             drawn = Sampling(limit, temperature=settings.temperature, seed=settings.seed)
-            values, more = self._values(engine, drawn, settings.samples)
+            values = self._values(engine, drawn, settings.samples, answered)
             sampled = Estimate.of(values, settings.samples, settings.temperature)
-            failed += more
         return [
             PriorScore(
                 generation=generation,
@@ -117,18 +130,24 @@ class OwnTask:
                 prompts=len(self._examples),
                 greedy=Estimate.of(greedy),
                 sampled=sampled,
-                failed=failed,
+                failed=answered.failed,
                 seconds=time.perf_counter() - began,
+                read_tokens=answered.read or None,  # no prompt is empty: the engine did not say
+                generated_tokens=answered.generated if answered.read else None,
             )
         ]
 
-    def _values(self, engine: Engine, sampling: Sampling, samples: int) -> tuple[np.ndarray, int]:
-        """float64 [prompts], the mean over a prompt's samples; and how many scorings failed."""
+    def _values(
+        self, engine: Engine, sampling: Sampling, samples: int, answered: _Answered
+    ) -> np.ndarray:
+        """float64 [prompts], the mean over a prompt's samples."""
         repeated = [example for example in self._examples for _ in range(samples)]
         completions = engine.generate([example.prompt for example in repeated], sampling)
         scores = self.task.score_all(repeated, [completion.text for completion in completions])
+        answered.add(completions)
+        answered.failed += sum(score.failed for score in scores)
         values = np.array([score.value for score in scores], dtype=np.float64)
-        return values.reshape(-1, samples).mean(axis=1), sum(score.failed for score in scores)
+        return np.asarray(values.reshape(-1, samples).mean(axis=1))
 
     def describe(self) -> dict[str, Any]:
         """The task's own words."""
@@ -183,6 +202,7 @@ class PriorTasks:
         known: Sequence[PriorScore] = (),
     ) -> None:
         """known: scores that need not be measured, since another run measured the same weights.
+        What they cost is on that run's account.
 
         Raises ConfigError where two tasks have one name.
         """
@@ -193,7 +213,11 @@ class PriorTasks:
             raise ConfigError(f"prior task {twice[0]!r} is given twice; leave one out.")
         self.tasks = tuple(tasks)
         self.settings = settings
-        self.scores: list[PriorScore] = [score for score in known if score.task in names]
+        self.scores: list[PriorScore] = [
+            replace(score, read_tokens=0, generated_tokens=0)
+            for score in known
+            if score.task in names
+        ]
         self._path: Path | None = None
 
     def keep_in(self, path: Path, until: int) -> None:
@@ -259,6 +283,16 @@ class PriorTasks:
     def summary(self) -> list[dict[str, Any]]:
         """What came of every task; see `esfast.prior.scores.outcome`."""
         return [outcome(self.of(name)) for name in self._names if self.of(name)]
+
+    def tokens(self) -> tuple[int, int] | None:
+        """(read, generated) of every evaluation that this run's file holds; None where one of them
+        is not known."""
+        read, generated = 0, 0
+        for score in self.scores:
+            if score.read_tokens is None or score.generated_tokens is None:
+                return None
+            read, generated = read + score.read_tokens, generated + score.generated_tokens
+        return read, generated
 
     def describe(self) -> dict[str, Any]:
         """What config.json records."""

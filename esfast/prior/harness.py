@@ -66,12 +66,15 @@ class HarnessTask:
             )
 
     def evaluate(self, engine: Engine, generation: int) -> list[PriorScore]:
-        """Every task's score under the weights as they are."""
+        """Every task's score under the weights as they are; seconds and tokens of a group are
+        shared evenly among its tasks."""
         began = time.perf_counter()
         model = _live_model(engine, self.source)
+        count = _TokenCount(model)
         greedy = _run(model, self._tasks, self.settings.size)
         drawn = self._sampled(model)
         seconds = (time.perf_counter() - began) / len(self._tasks)
+        read, generated = (_shared(n, len(self._tasks)) for n in (count.read, count.generated))
         return [
             PriorScore(
                 generation=generation,
@@ -83,8 +86,10 @@ class HarnessTask:
                 sampled=drawn.get(name),
                 higher_is_better=greedy[name].higher_is_better,
                 seconds=seconds,
+                read_tokens=read[at],
+                generated_tokens=generated[at],
             )
-            for name in self.names
+            for at, name in enumerate(self.names)
         ]
 
     def _sampled(self, model: Any) -> dict[str, Estimate]:
@@ -114,6 +119,39 @@ class HarnessTask:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class _TokenCount:
+    """Tokens through a model of lm-eval from now on, each row's own: padding is not counted, and a
+    context is for each of its continuations, though lm-eval computes some of them once.
+
+    A generated answer that ends with a stop text counts one token too many where others go on.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.read = self.generated = 0
+        self._model = model
+        self._rank, self._write = model._loglikelihood_tokens, model._model_generate
+        model._loglikelihood_tokens, model._model_generate = self._ranked, self._written
+
+    def _ranked(self, requests: list[Any], **settings: Any) -> Any:
+        """The last token of a continuation is judged, and not read."""
+        longest = self._model.max_length
+        self.read += sum(min(len(a) + len(b) - 1, longest) for _, a, b in requests)
+        return self._rank(requests, **settings)
+
+    def _written(self, context: torch.Tensor, **settings: Any) -> torch.Tensor:
+        rows: torch.Tensor = self._write(context=context, **settings)
+        self.read += int(settings["attention_mask"].sum())
+        answers, tokenizer = rows[:, context.shape[1] :], self._model.tokenizer
+        ends = (answers == tokenizer.eos_token_id) | (answers == tokenizer.pad_token_id)
+        self.generated += int((ends.cumsum(dim=1) - ends.int() == 0).sum())
+        return rows
+
+
+def _shared(total: int, tasks: int) -> list[int]:
+    """As even as whole numbers are."""
+    return [total // tasks + (at < total % tasks) for at in range(tasks)]
 
 
 class _Reading:
@@ -234,7 +272,7 @@ def _sampling(model: Any, temperature: float, seed: int) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     finally:
-        del model._model_generate
+        model._model_generate = ask
 
 
 @contextmanager

@@ -78,7 +78,9 @@ class PriorScore:
 
     source: the name that the task was asked for by, which may stand for several tasks; metric: what
     the score is; sampled: None where the task has no answers to sample, or none were asked for;
-    failed: answers whose scoring failed; seconds: of the evaluation.
+    failed: answers whose scoring failed; seconds: of the evaluation. read_tokens and
+    generated_tokens: of all prompts and answers, greedy and sampled; None where the engine did not
+    say, and in the files of an earlier esfast; 0 where another run measured.
     """
 
     generation: int
@@ -91,6 +93,8 @@ class PriorScore:
     higher_is_better: bool = True
     failed: int = 0
     seconds: float = 0.0
+    read_tokens: int | None = None
+    generated_tokens: int | None = None
 
     def record(self) -> dict[str, Any]:
         """A line of prior.jsonl."""
