@@ -25,8 +25,8 @@ SIZE = 8
 class NumberEngine:
     """Answers prompt "i" with its i-th weight; `before_call(n)` runs before the n-th generate."""
 
-    def __init__(self, before_call=lambda call: None):
-        self.weights = torch.zeros(SIZE)
+    def __init__(self, before_call=lambda call: None, size=SIZE):
+        self.weights = torch.zeros(size)
         self._table = ParameterTable.from_tensors({"weights": self.weights})
         self.tokens_generated = 0
         self.calls = 0
@@ -51,7 +51,7 @@ class NumberEngine:
 
 
 class Targets(Task):
-    """Weight i should become i / SIZE; the first half is trained on, and so is held out."""
+    """Weight i should become i / SIZE; trained on and held out are the same prompts."""
 
     name = "targets"
     max_new_tokens = 4

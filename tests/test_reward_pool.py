@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from number_engine import NumberEngine
 
 from esfast import ConfigError, EvolutionStrategy, ParameterTable, StrategyConfig
-from esfast.engines.base import Completion, Sampling
+from esfast.engines.base import Sampling
 from esfast.measure import GENERATION, SCORING, Clock
 from esfast.rollout import Rollout, TrainConfig
 from esfast.tasks import Example, Task, make_task
@@ -214,23 +214,6 @@ def test_a_hanging_function_does_not_outlive_a_killed_run(here):
 # --- generation goes on while the scores are on their way ---------------------------------------
 
 
-class Numbers:
-    """Answers prompt "i" with its i-th weight; waits where it is told to."""
-
-    def __init__(self, before_call=lambda call: None):
-        self.weights = torch.zeros(4)
-        self.tokens_generated = self.calls = 0
-        self.before_call = before_call
-
-    def generate(self, prompts, sampling):
-        self.before_call(self.calls)
-        self.calls += 1
-        return [Completion(f"{self.weights[int(p)].item():.9g}", 1, True) for p in prompts]
-
-    def weights_changed(self):
-        pass
-
-
 class Later(Task):
     """Scores nothing until it is asked for; notes what was in flight."""
 
@@ -270,7 +253,7 @@ def population(engine, task, clock=None):
 
 def test_members_are_scored_while_the_next_generate():
     later = Later()
-    first = population(Numbers(), later)
+    first = population(NumberEngine(), later)
     assert later.most == 6 and later.open == 0
 
     class Now(Later):
@@ -278,7 +261,7 @@ def test_members_are_scored_while_the_next_generate():
             scores = super().score_later(examples, completions)()
             return lambda: scores
 
-    assert (population(Numbers(), Now()).rewards == first.rewards).all()
+    assert (population(NumberEngine(), Now()).rewards == first.rewards).all()
 
 
 def test_only_the_wait_for_scores_counts_as_scoring(monkeypatch):
@@ -301,7 +284,7 @@ def test_only_the_wait_for_scores_counts_as_scoring(monkeypatch):
         now[0] += seconds
 
     clock = Clock()
-    population(Numbers(lambda call: takes(2.0)), Timed(), clock)
+    population(NumberEngine(lambda call: takes(2.0)), Timed(), clock)
     assert clock.seconds[GENERATION] == 6 * 2.0 and clock.seconds[SCORING] == 3.0
     assert sum(clock.seconds.values()) == now[0] - 100.0 == 15.0
 

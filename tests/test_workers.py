@@ -33,9 +33,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory) -> dict[str, list[dict]]:
-    command = [sys.executable, str(Path(__file__).with_name("workers_driver.py"))]
-    command += [str(tmp_path_factory.mktemp("workers")), str(free_port()), *SCENARIOS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    driver = Path(__file__).with_name("workers_driver.py")
+    command = [sys.executable, str(driver), str(tmp_path_factory.mktemp("workers"))]
+    command += [str(free_port()), *SCENARIOS]
+    paths = os.pathsep.join(filter(None, [str(driver.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = dict(zip(SCENARIOS, json.loads(done.stdout), strict=True))
     assert not [worker for all_of in told.values() for worker in all_of if "bug" in worker], told

@@ -18,68 +18,44 @@ import sys
 import time
 from pathlib import Path
 
+import number_engine
 import numpy as np
-import torch
+from number_engine import NumberEngine
 from rich.console import Console
 
-from esfast import EsfastError, ParameterTable, StrategyConfig
-from esfast.engines.base import Completion, Sampling
+from esfast import EsfastError, StrategyConfig
+from esfast.engines.base import Sampling
 from esfast.journal import parse
 from esfast.launch.torchrun import join_workers
 from esfast.measure import Clock
 from esfast.replay import catch_up
 from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder
-from esfast.tasks import Example, Score, Task
 from esfast.train import Trainer
-from esfast.weights import weights_of
 
 GENERATIONS, POPULATION = 5, 8
 
 
-class Numbers:
-    """Answers prompt "i" with its i-th weight; notes the generations it was asked in."""
+class Numbers(NumberEngine):
+    """Does as `act` says: see above. `last`: it is the last of several workers."""
 
     def __init__(self, size: int, act: str, rank: int, last: bool) -> None:
-        self.weights = torch.zeros(size)
-        self._table = ParameterTable.from_tensors({"weights": self.weights})
-        self.tokens_generated = self.asked = 0
+        super().__init__(size=size)
         self.act, self.rank, self.last = act, rank, last
 
-    def live_weights(self, memory="lean", anchor=False, threads=None):
-        return weights_of(self._table, memory, anchor, threads)
-
     def generate(self, prompts, sampling):
-        self.asked += 1
         if self.act == "kill" and self.last and sampling.seed == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.act == "slow" and self.rank == 1:
             time.sleep(0.02)
-        return [Completion(f"{self.weights[int(p)].item():.9g}", 1, True) for p in prompts]
-
-    def weights_changed(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        return super().generate(prompts, sampling)
 
 
-class Targets(Task):
-    """Weight i should become i / 8; one prompt's scoring always fails."""
+class Targets(number_engine.Targets):
+    """One prompt's scoring always fails."""
 
-    name = "targets"
-    max_new_tokens = 4
-
-    def train_batch(self, seed, generation, count):
-        return [Example(f"{generation}-{n}", str(n % 8)) for n in range(count)]
-
-    def held_out(self, count):
-        return [Example(f"held-{n}", str(n)) for n in range(min(count, 8))]
-
-    def score(self, example, completion):
-        if example.prompt == "3":
-            raise ValueError("no score today")
-        return Score(-abs(float(completion) - int(example.prompt) / 8))
+    def __init__(self) -> None:
+        super().__init__(fail_on=("3",))
 
 
 def lead(engine: Numbers, config: TrainConfig, folder: Path, resume: bool, workers) -> dict:
@@ -125,7 +101,7 @@ def work(rank: int, count: int, size: int, act: str, folder: Path) -> dict:
         told = {"error": str(error)}
     if "error" not in told:
         told["bits"] = bits(rank, count, workers)
-    told |= {"asked": engine.asked, "sent": workers.bytes_sent}
+    told |= {"asked": engine.calls, "sent": workers.bytes_sent}
     workers.close()
     return told
 
