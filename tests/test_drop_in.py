@@ -5,7 +5,6 @@ the class path is esfast's. What it ends with is what esfast's own loop ends wit
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,9 @@ from esfast import (
 )
 from esfast.models import load_model
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
 
 SIGMA, ALPHA, POPULATION = 0.02, 0.01, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from vllm_tiny import LONG, PROMPTS, SHORT, save_tiny, start, told
+from vllm_tiny import LONG, PROMPTS, SHORT, checksum_of, save_tiny, start, told
 
 from esfast import (
     AnchoredDecay,
@@ -26,11 +26,9 @@ from esfast import (
     ParameterTable,
     StateError,
     StrategyConfig,
-    Weights,
     keep_journal,
     read_journal,
 )
-from esfast.cli import main
 from esfast.engines.base import Engine, Sampling
 from esfast.engines.transformers import TransformersEngine
 from esfast.journal import Journal
@@ -40,20 +38,12 @@ from esfast.replay import catch_up, replay, strategy_of
 from esfast.rollout import TrainConfig, strategy_over
 from esfast.snapshots import load_snapshot, save_snapshot
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
 
 CONFIG = StrategyConfig(
     sigma=0.02, alpha=0.02, population_size=4, antithetic=True, seed=3,
     decay=AnchoredDecay("l2", 5.0),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +78,6 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Journal
         es.step([sum(map(sum, told(engine, ["a", "b"]))) for _ in es.population()])
     writer.close()
     return read_journal(path), es.weights.checksum()
-
-
-def checksum_of(folder: Path) -> str:
-    return Weights(ParameterTable.from_module(load_model(folder).model)).checksum()
 
 
 # --- the same weights -------------------------------------------------------------------------
@@ -224,39 +210,6 @@ def test_what_is_derived_is_made_again_in_its_place(engine: Any, weights: Any) -
     assert {name.rpartition(".")[2] for name in derived} >= {*linear, "lm_head"}
 
 
-def test_experts_are_edited_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM fuses and packs them; a prompt uses few, so they are tried a layer at once. (In a
-    process of its own, where vLLM makes the groups that experts need.)"""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    folder = save_tiny(tmp_path / "mixtral", kind="Mixtral", num_local_experts=4)
-    engine = start(folder)
-    try:
-        live = engine.live_weights()
-        assert live.checksum() == checksum_of(folder)
-        names = {spec.name for spec in live.specs()}
-        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in names
-        assert engine.reach(all_of_them=True) == 2 + 1 + 2 * (4 + 1 + 3 + 2)
-        live.update([Member(1)], [0.05])
-        assert checksum_of(engine.save(tmp_path / "saved")) == live.checksum()
-    finally:
-        engine.close()
-
-
-def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    engine = start(folder)
-    try:
-        live = engine.live_weights()
-        assert live.checksum() == checksum_of(folder)
-        assert "lm_head.weight" not in {spec.name for spec in live.specs()}
-        before = engine._probe()
-        live.update([Member(1)], [0.05])
-        assert engine._probe() != before
-        assert checksum_of(engine.save(tmp_path / "saved")) == live.checksum()
-    finally:
-        engine.close()
-
-
 # --- as an engine -----------------------------------------------------------------------------
 
 
@@ -369,81 +322,5 @@ def test_workers_in_processes_of_their_own(
         assert load_snapshot(tmp_path / "s", es.weights, journal, notes.append) == 0 and notes
         with pytest.raises(ConfigError, match="sigma"):
             es.weights.perturb(Member(1), -1.0)
-    finally:
-        engine.close()
-
-
-# --- esfast train -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A current folder with prompts and a reward of its own."""
-    rows = [json.dumps({"prompt": f"Say number {n}"}) for n in range(12)]
-    (tmp_path / "p.jsonl").write_text("\n".join(rows))
-    (tmp_path / "letters.py").write_text(
-        "def reward(example, completion):\n    return sum(map(ord, completion)) % 97 / 97\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-def command(folder: Path, *flags: str) -> list[str]:
-    options = [f"--engine-option={n}={v}" for n, v in
-               (("max_model_len", 512), ("enforce_eager", "true"))]  # fmt: skip
-    return ["train", "--engine", "vllm", *options, "--model", str(folder), "--threads", "1",
-            "--no-plots", *flags]  # fmt: skip
-
-
-def test_a_run_resumes_and_replays_in_the_other_engine(
-    folder: Path, at_work: None, tmp_path: Path
-) -> None:
-    flags = ["--reward", "letters:reward", "--data", "p.jsonl", "--population-size", "4",
-             "--prompts", "3", "--max-new-tokens", "6", "--eval-size", "2", "--output", "run",
-             "--weight-decay-type", "l2", "--checksum-every", "1",
-             "--snapshot-every", "2"]  # fmt: skip
-    assert main(command(folder, *flags, "--generations", "2")) == 0
-    assert main(["train", "--resume", "run", "--generations", "4"]) == 0
-    journal = read_journal(tmp_path / "run")
-    assert len(journal.generations) == 4
-    es = strategy_of(journal, load_model(folder).model, folder)
-    assert replay(es, journal, verify=True) >= 4
-    assert checksum_of(tmp_path / "run" / "model") == es.weights.checksum()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "finished" and summary["peak_over_inference"] is not None
-
-
-def test_the_command_refuses_in_a_paragraph(
-    folder: Path, at_work: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command(folder, "--engine-option", "no_such=1", "--generations", "1")) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and "no_such" in said and "vLLM does not start" in said
-
-
-# --- a real model -----------------------------------------------------------------------------
-
-
-@pytest.mark.model
-def test_smollm2_has_the_other_engines_weights_and_answers() -> None:
-    engine = start(Path(load_model("smollm2-135m").folder))
-    try:
-        live = engine.live_weights()
-        theirs = load_model("smollm2-135m")
-        others = Weights(ParameterTable.from_module(theirs.model), threads=1)
-        assert live.checksum() == others.checksum()
-        question = ["What is the capital of France?"]
-        before = engine.generate(question, Sampling(8))
-        assert "Paris" in before[0].text
-        for made in (live, others):
-            made.perturb(Member(1), 0.01)
-        assert live.checksum() == others.checksum()
-        assert engine.generate(question, Sampling(8)) != before
-        live.restore()
-        assert engine.generate(question, Sampling(8)) == before
-        others.restore()
-        for made in (live, others):
-            made.update([Member(n) for n in range(8)], [1e-4 * n for n in range(8)], seed=2)
-        assert live.checksum() == others.checksum()
     finally:
         engine.close()

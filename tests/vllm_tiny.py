@@ -14,7 +14,9 @@ import torch
 import transformers
 from tiny_models import byte_tokenizer
 
+from esfast import ParameterTable, Weights
 from esfast.engines.base import Sampling
+from esfast.models import load_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -50,3 +52,8 @@ def start(folder: Path, **settings: Any) -> Any:
 def told(engine: Any, prompts: Sequence[str] = PROMPTS, sampling: Sampling = SHORT) -> list[Any]:
     """The tokens that an engine answers with."""
     return [completion.ids for completion in engine.generate(prompts, sampling)]
+
+
+def checksum_of(folder: Path) -> str:
+    """Of a saved model's weights, as transformers loads them."""
+    return Weights(ParameterTable.from_module(load_model(folder).model)).checksum()

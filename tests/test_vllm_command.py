@@ -1,0 +1,60 @@
+"""`esfast train --engine vllm`: a run resumes and replays, and a refusal is a paragraph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from vllm_tiny import checksum_of, save_tiny
+
+from esfast import read_journal
+from esfast.cli import main
+from esfast.models import load_model
+from esfast.replay import replay, strategy_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's, in a current folder with prompts and a reward."""
+    rows = [json.dumps({"prompt": f"Say number {n}"}) for n in range(12)]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    (tmp_path / "letters.py").write_text(
+        "def reward(example, completion):\n    return sum(map(ord, completion)) % 97 / 97\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return save_tiny(tmp_path / "model")
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    options = [f"--engine-option={n}={v}" for n, v in
+               (("max_model_len", 512), ("enforce_eager", "true"))]  # fmt: skip
+    return ["train", "--engine", "vllm", *options, "--model", str(folder), "--threads", "1",
+            "--no-plots", *flags]  # fmt: skip
+
+
+def test_a_run_resumes_and_replays_in_the_other_engine(folder: Path, tmp_path: Path) -> None:
+    flags = ["--reward", "letters:reward", "--data", "p.jsonl", "--population-size", "4",
+             "--prompts", "3", "--max-new-tokens", "6", "--eval-size", "2", "--output", "run",
+             "--weight-decay-type", "l2", "--checksum-every", "1",
+             "--snapshot-every", "2"]  # fmt: skip
+    assert main(command(folder, *flags, "--generations", "2")) == 0
+    assert main(["train", "--resume", "run", "--generations", "4"]) == 0
+    journal = read_journal(tmp_path / "run")
+    assert len(journal.generations) == 4
+    es = strategy_of(journal, load_model(folder).model, folder)
+    assert replay(es, journal, verify=True) >= 4
+    assert checksum_of(tmp_path / "run" / "model") == es.weights.checksum()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["peak_over_inference"] is not None
+
+
+def test_the_command_refuses_in_a_paragraph(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder, "--engine-option", "no_such=1", "--generations", "1")) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "no_such" in said and "vLLM does not start" in said
