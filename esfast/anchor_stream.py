@@ -9,16 +9,15 @@ two chunks of pinned and two of device memory, whatever the model's size. Not ye
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from esfast import _core
 from esfast.anchor import Anchor
-from esfast.device_table import DeviceTable
+from esfast.device_table import DeviceTable, DeviceUpdates, Rule, UpdateCall
 from esfast.errors import StateError
 
 CHUNK = 64 << 20  # bytes: 1.2 ms of PCIe 5 each, against 0.1 ms of latencies
@@ -118,11 +117,11 @@ def _events(on_gpu: bool) -> list[torch.cuda.Event]:
     return [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # type: ignore[no-untyped-call]
 
 
-class AnchorStream:
+class AnchorStream(DeviceUpdates):
     """Updates with decay, for a table of device rows whose anchors are host addresses."""
 
     def __init__(self, rows: np.ndarray, device: torch.device, chunk: int = CHUNK) -> None:
-        self.device = device
+        super().__init__(device)
         self._windows = windows_of(rows, chunk)
         size = max((window.size for window in self._windows), default=0)
         on_gpu = device.type == "cuda"
@@ -142,35 +141,19 @@ class AnchorStream:
         """Pinned and device memory held, besides the tables of windows (112 bytes a part)."""
         return sum(tensor.nbytes for tensor in (*self._pinned, *self._held))
 
-    def update(
-        self,
-        noise: int,
-        members: Sequence[_core.MemberSpec],
-        coefficients: Sequence[float],
-        decay: int,
-        strength: float,
-        stochastic: bool,
-        rounding_seed: int,
-        threads: int,
-    ) -> int:
-        """As `DeviceTable.update`, window by window."""
-        if not self._tables:
-            return 0
-        first = self._tables[0]
-        if first.capturing():
+    def launch(self, call: UpdateCall, rule: Rule) -> None:
+        """Window by window."""
+        if self.capturing():
             raise StateError(
                 "an anchor in a file cannot be read inside a CUDA graph's capture; use "
                 "Anchor.in_memory."
             )
-        call = first.prepare_update(noise, members, coefficients)
-        rule = (decay, strength, stochastic, rounding_seed)
         for k, (window, table) in enumerate(zip(self._windows, self._tables, strict=True)):
             self._gather(window, k)
             self._send(window, k)
-            table.launch_update(call, *rule)
+            table.launch(call, rule)
             if self._side is not None:
                 self._used[k % 2].record(torch.cuda.current_stream(self.device))
-        return call.saturated()
 
     def _gather(self, window: Window, number: int) -> None:
         """Host pages to pinned memory; torch's threads copy, and fault the pages in."""

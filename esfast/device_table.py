@@ -9,9 +9,10 @@ member is taken back, the lists grow, and it is applied again. Not yet run on a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ _SAMPLE_STRIDE = 16  # every 16th tile tells the size of the first lists to a fe
 _SLACK = 1.25  # over the demand seen: the next member's differs, and so does the slabs' order
 _LARGEST_SLAB, _SMALLEST_SLAB = 4096, 64  # words of 4 bytes that a warp reserves at once
 _MOST_WORDS = 2**32 - 1  # that a list's 32-bit offsets can name: 17 GB of exceptions
+
+Rule: TypeAlias = tuple[int, float, bool, int]
+"""Of an update: the decay's number and strength, whether rounding is stochastic, and its key."""
 
 
 def driver() -> Any:
@@ -76,14 +80,13 @@ class UpdateCall:
         return int(self.count.item())
 
 
-class DeviceTable:
-    """Perturb, restore, update and checksum on one CUDA device; `threads` is ignored everywhere.
+class DeviceUpdates(ABC):
+    """Updates of weights on one CUDA device: members prepared once, kernels launched, one count.
 
-    rows: as `ParameterTable.rows`, with device addresses; device: where they lie. Raises
-    ParameterError where the build has no kernels, EsfastError with CUDA's words where a call fails.
+    ParameterError where the build has no kernels.
     """
 
-    def __init__(self, rows: np.ndarray, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         kernels = driver()
         if kernels is None:
             raise ParameterError(
@@ -92,10 +95,55 @@ class DeviceTable:
             )
         self._kernels = kernels
         self.device = device
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def update(
+        self,
+        noise: int,
+        members: Sequence[_core.MemberSpec],
+        coefficients: Sequence[float],
+        decay: int,
+        strength: float,
+        stochastic: bool,
+        rounding_seed: int,
+        threads: int,
+    ) -> int:
+        """One pass; returns how many weights saturated, or -1 inside a graph's capture."""
+        call = self.prepare_update(noise, members, coefficients)
+        self.launch(call, (decay, strength, stochastic, rounding_seed))
+        return -1 if self.capturing() else call.saturated()
+
+    def prepare_update(
+        self, noise: int, members: Sequence[_core.MemberSpec], coefficients: Sequence[float]
+    ) -> UpdateCall:
+        """The population's terms, and device memory for them."""
+        population = self._kernels.Population(noise, list(members), list(coefficients))
+        words = -(-population.bytes // 4)
+        workspace = torch.empty(words, dtype=torch.int32, device=self.device)
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return UpdateCall(population, workspace, count)
+
+    @abstractmethod
+    def launch(self, call: UpdateCall, rule: Rule) -> None:
+        """Queues the kernels."""
+
+
+class DeviceTable(DeviceUpdates):
+    """Perturb, restore, update and checksum on one CUDA device; `threads` is ignored everywhere.
+
+    rows: as `ParameterTable.rows`, with device addresses; device: where they lie. Raises
+    ParameterError where the build has no kernels, EsfastError with CUDA's words where a call fails.
+    """
+
+    def __init__(self, rows: np.ndarray, device: torch.device) -> None:
+        super().__init__(device)
         self._index = (device.index or 0) if device.type == "cuda" else 0
-        kernels.prepare(self._index)
-        spans, self.tiles = kernels.plan(rows)
-        self._count = len(spans) // kernels.span_bytes
+        self._kernels.prepare(self._index)
+        spans, self.tiles = self._kernels.plan(rows)
+        self._count = len(spans) // self._kernels.span_bytes
         self._spans = torch.from_numpy(spans).to(device)
         self._sum = torch.empty(1, dtype=torch.int64, device=device)
 
@@ -113,10 +161,6 @@ class DeviceTable:
         return self._kernels.Place(
             self._spans.data_ptr(), self._count, self.tiles, self._index, self._stream()
         )
-
-    def capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     # ---- shadow memory
 
@@ -235,39 +279,10 @@ class DeviceTable:
 
     # ---- update, checksum
 
-    def update(
-        self,
-        noise: int,
-        members: Sequence[_core.MemberSpec],
-        coefficients: Sequence[float],
-        decay: int,
-        strength: float,
-        stochastic: bool,
-        rounding_seed: int,
-        threads: int,
-    ) -> int:
-        """One pass; returns how many weights saturated, or -1 inside a graph's capture."""
-        call = self.prepare_update(noise, members, coefficients)
-        self.launch_update(call, decay, strength, stochastic, rounding_seed)
-        return -1 if self.capturing() else call.saturated()
-
-    def prepare_update(
-        self, noise: int, members: Sequence[_core.MemberSpec], coefficients: Sequence[float]
-    ) -> UpdateCall:
-        """The population's terms, and device memory for them."""
-        population = self._kernels.Population(noise, list(members), list(coefficients))
-        words = -(-population.bytes // 4)
-        workspace = torch.empty(words, dtype=torch.int32, device=self.device)
-        count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return UpdateCall(population, workspace, count)
-
-    def launch_update(
-        self, call: UpdateCall, decay: int, strength: float, stochastic: bool, rounding_seed: int
-    ) -> None:
+    def launch(self, call: UpdateCall, rule: Rule) -> None:
         """Queues the update of this table; several tables may share a call."""
         place = self._place(call.workspace, call.count)
         pointers = (call.workspace.data_ptr(), call.count.data_ptr())
-        rule = (decay, strength, stochastic, rounding_seed)
         self._kernels.update(place, call.population, *rule, *pointers)
 
     def checksum(self, threads: int) -> int:
