@@ -350,6 +350,36 @@ def test_the_loop() -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_engine_on_the_device(temperature: float) -> None:
+    """Other tokens under a member, the first ones after it; rows end at different steps."""
+    pytest.importorskip("transformers")
+    from tiny_models import byte_tokenizer, llama
+
+    from esfast.engines import Sampling
+    from esfast.engines.transformers import TransformersEngine
+
+    checksums = []
+    for device in ("cpu", "cuda"):
+        model = llama().to(device)
+        model.generation_config.eos_token_id = [2, *range(3, 259, 9)]
+        engine = TransformersEngine(model, byte_tokenizer(), batch_size=4)
+        weights = engine.live_weights(anchor=True)
+        prompts, sampling = ["sun", "12 + 7", "", "why? " * 9, "ice"], Sampling(20, temperature)
+
+        def said(engine: TransformersEngine = engine, asked: tuple = (prompts, sampling)) -> list:
+            return [completion.ids for completion in engine.generate(*asked)]
+
+        first = said()
+        weights.perturb(Member(seed=1), 0.1)
+        other = said()
+        weights.restore()
+        assert said() == first != other and all(first)
+        weights.update([Member(seed=1)], [0.1], decay=AnchoredDecay("l2", 1.0), alpha=0.1)
+        checksums.append((weights.checksum(), weights.anchor_checksum()))
+    assert checksums[0] == checksums[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_anchors_in_files_and_in_pinned_memory(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
