@@ -12,16 +12,19 @@ namespace esfast::cuda {
 
 inline Status status_of(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
+  cudaGetLastError();  // told here, and not once more after the next launch
   return {std::string(what) + ": " + cudaGetErrorString(error) + " (CUDA error " +
           std::to_string(static_cast<int>(error)) + ")"};
 }
 
-// Makes a device current for a scope.
+// Makes a device current for a scope; where it is current already, nothing is set.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
-    error_ = before_ == device ? cudaSuccess : cudaSetDevice(device);
+    int before = -1;
+    if (cudaGetDevice(&before) == cudaSuccess && before == device) return;
+    error_ = cudaSetDevice(device);
+    if (error_ == cudaSuccess) before_ = before;
   }
   ~DeviceGuard() {
     if (before_ >= 0) cudaSetDevice(before_);
@@ -31,8 +34,8 @@ class DeviceGuard {
   cudaError_t error() const { return error_; }
 
  private:
-  int before_ = -1;
-  cudaError_t error_;
+  int before_ = -1;  // none to put back
+  cudaError_t error_ = cudaSuccess;
 };
 
 constexpr int kMostDevices = 64;

@@ -61,7 +61,6 @@ Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64
 std::vector<std::string> devices() {
   int count = 0;  // an error leaves it as it is
   if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
-  cudaGetLastError();  // "no driver" is no error of the next launch
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
@@ -70,6 +69,7 @@ std::vector<std::string> devices() {
                          std::to_string(properties.minor) + ", " +
                          std::to_string(properties.totalGlobalMem >> 20) + " MiB");
   }
+  cudaGetLastError();  // "no driver" is no error of the next launch
   return names;
 }
 
