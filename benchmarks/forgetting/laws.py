@@ -8,8 +8,10 @@ places of bf16, are a real model's), moves them by generations of random rewards
 settings (arXiv 2605.30148: alpha 5e-4, lambda 10, population 30; five time constants), and compares
 the norm of the change with esfast.forgetting.laws. Beside it the decay as bf16 torch loops have it:
 the step rounded to nearest, then delta = w - anchor; w -= alpha * lambda * delta, each operation
-rounded to bf16. Writes benchmarks/results/forgetting_laws_cpu.csv and .png. No model is run, and no
-time is measured. Two minutes on one core.
+rounded to bf16. l1 decay at the paper's lambda 0.01 and at five times that, and at rest over a
+range of pulls, with the share of weights that it leaves where they were. Writes
+benchmarks/results/forgetting_laws_cpu.csv and .png. No model is run, and no time is measured. Some
+minutes on one core.
 """
 
 from __future__ import annotations
@@ -17,31 +19,37 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from laws_figures import (
+    ALPHA,
+    GENERATIONS,
+    L1_LAMBDA,
+    LAMBDA,
+    MEMBERS,
+    ONE_SCALE,
+    PART,
+    RATIOS,
+    Row,
+    draw,
+)
 from rich.progress import track
 
 from esfast import Anchor, AnchoredDecay, EvolutionStrategy, ParameterTable, Weights
 from esfast.forgetting import laws
 from esfast.models import load_model
-from esfast.plots import INK, MARK, picture
 from esfast.provenance import commit, device_name, one_line, provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "forgetting_laws_cpu"
-ALPHA, LAMBDA, MEMBERS, GENERATIONS = 5e-4, 10.0, 30, 1000
 POINTS = (1, 2, 4, 8, 16, 32, 64, 125, 250, 500, 750, 1000)
 POPULATIONS = (4, 8, 16, 32, 64, 128, 256)
-PART, ONE_SCALE = 262_144, 100_000  # elements of the smaller tables
 SCALES = tuple(2.0**e for e in range(-11, 8))
-OTHER = "#3f8f5f"
 Tensors = dict[str, torch.Tensor]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Case:
     weight: float = LAMBDA
     alpha: float = ALPHA
     members: int = MEMBERS
+    kind: str = "l2"
     three_operations: bool = False  # the torch loops' decay, after a step rounded to nearest
     seed: int = 0
 
@@ -84,7 +93,7 @@ def strategy(case: Case, live: Tensors, threads: int | None) -> EvolutionStrateg
         alpha=case.alpha,
         population_size=case.members,
         seed=case.seed,
-        decay=AnchoredDecay("l2", case.weight) if ours else None,
+        decay=AnchoredDecay(case.kind, case.weight) if ours else None,
         rounding="nearest" if case.three_operations else "stochastic",
     )
 
@@ -110,9 +119,12 @@ def law_of(case: Case, base: Tensors, generation: int) -> float:
     """What the change's norm should be: for the torch loops, what decay would make of it."""
     if case.dtype is torch.float32 or case.memory == "master" or case.three_operations:
         count = sum(t.numel() for t in base.values())
-        return laws.l2_norm(case.alpha, case.weight, case.members, count, generation)
+        law = laws.l1_norm if case.kind == "l1" else laws.l2_norm
+        return law(case.alpha, case.weight, case.members, count, generation)
     places = laws.last_places(tensor.to(case.dtype) for tensor in base.values())
-    return laws.stochastic_rounding_norm(case.alpha, case.members, places, case.weight, generation)
+    return laws.stochastic_rounding_norm(
+        case.alpha, case.members, places, case.weight, generation, case.kind
+    )
 
 
 def row_of(case: Case, what: str, generation: int, law: float, measured: float) -> Row:
@@ -123,6 +135,7 @@ def row_of(case: Case, what: str, generation: int, law: float, measured: float) 
         "memory": case.memory,
         "alpha": case.alpha,
         "lambda": case.weight,
+        "kind": case.kind if case.weight else "",
         "population": case.members,
         "generations": generation,
         "law": float(f"{law:.6g}"),
@@ -175,6 +188,20 @@ def at_scale(scale: float, weight: float, threads: int | None) -> Row:
     return {"scale": scale, **norms(case, base, threads, (generations,))[0]}
 
 
+def l1_at_rest(ratio: float, part: Tensors, threads: int | None) -> list[Row]:
+    """Norm and share of unchanged weights after four time constants, 30 generations at least."""
+    case = Case(f"fp32, l1, {ratio:g} of a step", weight=ratio / math.sqrt(MEMBERS), kind="l1",
+                seed=int(100 * ratio))  # fmt: skip
+    generations = max(30, round(4 * laws.l1_time_constant(case.weight, case.members)))
+    *_, (_, _, change) = walk(case, part, (generations,), threads)
+    seen = {"norm": float(change.norm()), "unchanged": float((change == 0).double().mean())}
+    law = {
+        "norm": laws.l1_norm(case.alpha, case.weight, case.members, change.numel()),
+        "unchanged": laws.l1_unchanged_share(case.weight, case.members),
+    }
+    return [row_of(case, what, generations, law[what], seen[what]) for what in law]
+
+
 def measure(base: Tensors, threads: int | None) -> dict[str, list[Row]]:
     part = {"w": torch.zeros(PART, dtype=torch.float64)}
     bf16 = Case("bf16, stochastic rounding", torch.bfloat16)
@@ -187,8 +214,16 @@ def measure(base: Tensors, threads: int | None) -> dict[str, list[Row]]:
         bf16,
         torch_loop,
     ]
+    l1 = Case("fp32, l1", weight=L1_LAMBDA, kind="l1")
+    l1_cases = [
+        l1,
+        replace(l1, title="fp32, l1, five times lambda", weight=5 * L1_LAMBDA),
+        replace(l1, title="bf16, stochastic rounding, l1", dtype=torch.bfloat16),
+    ]
     return {
         "walks": [row for case in cases for row in norms(case, base, threads)],
+        "l1": [row for case in l1_cases for row in norms(case, base, threads)],
+        "l1 at rest": [row for ratio in RATIOS for row in l1_at_rest(ratio, part, threads)],
         "populations": [
             row
             for n in POPULATIONS
@@ -204,111 +239,6 @@ def measure(base: Tensors, threads: int | None) -> dict[str, list[Row]]:
         "left": [row for case in (bf16, torch_loop) for row in decay_alone(case, base, threads)],
         "scales": [at_scale(s, w, threads) for w in (0.0, LAMBDA) for s in SCALES],
     }  # fmt: skip
-
-
-def of_case(rows: list[Row], title: str, column: str) -> list[float]:
-    return [row[column] for row in rows if row["case"] == title]
-
-
-def line(
-    axes: Any, rows: list[Row], title: str, colour: str, law: bool = True, around: bool = False
-) -> None:
-    """Points of what was measured over a line of the law; around: circles, to see others inside."""
-    generations = of_case(rows, title, "generations")
-    if law:
-        axes.plot(generations, of_case(rows, title, "law"), color=colour, linewidth=1)
-    size, face = (8, "none") if around else (4, colour)
-    axes.plot(generations, of_case(rows, title, "measured"), "o", color=colour, markersize=size,
-              markerfacecolor=face, label=title)  # fmt: skip
-
-
-def slope(x: list[float], y: list[float]) -> float:
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def _walk_panel(axes: Any, rows: list[Row]) -> None:
-    for title, colour in (("fp32, no decay", INK), ("bf16, stochastic rounding, no decay", MARK)):
-        line(axes, rows, title, colour)
-    free = [row for row in rows if row["case"] == "fp32, no decay"]
-    fit = slope([r["generations"] for r in free], [r["measured"] for r in free])
-    axes.set(xscale="log", yscale="log", xlabel="generations T", ylabel="norm of the change",
-             title=f"A random walk: fitted slope {fit:+.3f} (law +1/2)")  # fmt: skip
-    axes.legend(frameon=False)
-
-
-def _population_panel(axes: Any, rows: list[Row]) -> None:
-    sizes, seen = [r["population"] for r in rows], [r["measured"] for r in rows]
-    axes.plot(sizes, [r["law"] for r in rows], color=INK, linewidth=1, label="law")
-    axes.plot(sizes, seen, "o", color=INK, markersize=4, label="measured, 16 generations")
-    axes.set(xscale="log", yscale="log", xlabel="population size N", ylabel="norm of the change",
-             title=f"Population: fitted slope {slope(sizes, seen):+.3f} (law -1/2)")  # fmt: skip
-    axes.legend(frameon=False)
-
-
-def _plateau_panel(axes: Any, rows: list[Row]) -> None:
-    for title, colour in (("fp32", INK), ("bf16, fp32 master", "#56a5d8"),
-                          ("bf16, stochastic rounding", MARK)):  # fmt: skip
-        line(axes, rows, title, colour, around=title == "fp32")
-    title = "bf16, three rounded operations"
-    line(axes, rows, title, OTHER, law=False)
-    axes.set(xlabel="generations T", ylabel="norm of the change",
-             title=f"l2 decay, lambda {LAMBDA:g}: points measured, lines the law")  # fmt: skip
-    axes.legend(frameon=False)
-
-
-def _left_panel(axes: Any, rows: list[Row]) -> None:
-    for title, colour in (("bf16, stochastic rounding", MARK),
-                          ("bf16, three rounded operations", OTHER)):  # fmt: skip
-        line(axes, rows, title, colour, law=colour == MARK)
-    axes.axvline(1 / (ALPHA * LAMBDA), color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="generations of decay alone", ylabel="left of the change, along itself",
-             ylim=(0, 1.05), title="The pull alone: line exp(-t alpha lambda)")  # fmt: skip
-    axes.legend(frameon=False, loc="lower left")
-
-
-def _scale_panel(axes: Any, rows: list[Row]) -> None:
-    for weight, colour in ((0.0, INK), (LAMBDA, MARK)):
-        chosen = [row for row in rows if row["lambda"] == weight]
-        alone = [
-            laws.l2_norm(ALPHA, weight, MEMBERS, ONE_SCALE, row["generations"]) for row in chosen
-        ]
-        x = [row["scale"] for row in chosen]
-        axes.plot(x, [r["law"] / a for r, a in zip(chosen, alone, strict=True)], color=colour)
-        axes.plot(x, [r["measured"] / a for r, a in zip(chosen, alone, strict=True)], "o",
-                  color=colour, markersize=4,
-                  label=f"l2, lambda {weight:g}, 1000 generations" if weight
-                  else "no decay, 100 generations")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="spread of the weights",
-             ylabel="norm / norm without rounding",
-             title="What bf16's stochastic rounding adds")  # fmt: skip
-    axes.legend(frameon=False)
-
-
-def _alpha_panel(axes: Any, rows: list[Row]) -> None:
-    for by, colour in ((0.25, INK), (1.0, MARK), (4.0, OTHER)):
-        chosen = [row for row in rows if row["case"] == f"fp32, alpha x {by:g}"]
-        unit = ALPHA * by * math.sqrt(PART / MEMBERS)
-        axes.plot([r["generations"] for r in chosen], [r["measured"] / unit for r in chosen],
-                  "o", color=colour, markersize=9 - 3 * math.log2(by + 1), label=f"alpha x {by:g}",
-                  markerfacecolor="none")  # fmt: skip
-    axes.plot([r["generations"] for r in chosen], [r["law"] / unit for r in chosen],
-              color="#777777", linewidth=1)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="generations T",
-             ylabel="norm / (alpha sqrt(d / N))",
-             title="alpha * lambda held: only the unit changes")  # fmt: skip
-    axes.legend(frameon=False)
-
-
-def draw(rows: dict[str, list[Row]], path: Path, made: str) -> None:
-    panels: list[Callable[[Any], None]] = [
-        lambda axes: _walk_panel(axes, rows["walks"]),
-        lambda axes: _population_panel(axes, rows["populations"]),
-        lambda axes: _alpha_panel(axes, rows["alphas"]),
-        lambda axes: _plateau_panel(axes, rows["walks"]),
-        lambda axes: _left_panel(axes, rows["left"]),
-        lambda axes: _scale_panel(axes, rows["scales"]),
-    ]
-    picture(path, panels, made)
 
 
 def write(rows: dict[str, list[Row]], stamp: Row, path: Path) -> None:
