@@ -19,38 +19,33 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from esfast.cost import Account
 from esfast.engines.base import Completion, Prompt, Sampling
-from esfast.engines.transformers import TransformersEngine
 from esfast.errors import ConfigError, EsfastError
-from esfast.held_out import HeldOut, samples
+from esfast.held_out import HeldOut
 from esfast.interrupts import Interrupts
 from esfast.loggers import Logger
 from esfast.measure import (
     EVALUATION,
-    FINISH,
     GENERATION,
     OPTIMISATION,
-    PRIOR_TASKS,
     RECORDS,
     SCORING,
     SETUP,
     Clock,
-    peak_bytes,
-    reset_peak,
 )
-from esfast.prior import PriorSettings, PriorTasks
-from esfast.prior.evaluation import PRIOR
-from esfast.progress import GenerationReport, RunProgress
+from esfast.progress import GenerationReport
 from esfast.resources import readable, require_memory
-from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
+from esfast.run_folder import RunFolder
 from esfast.tasks.base import Example, Score, Task
-from esfast.train import SAMPLES_SHOWN, Memory, TrainResult
+from esfast.training_run import TrainingRun, TrainResult
+
+if TYPE_CHECKING:
+    from esfast.engines.transformers import TransformersEngine
 
 CHECKPOINTS = "checkpoints"
 BESIDE = 3  # copies of the weights beside them: gradients, and AdamW's two moments
@@ -116,8 +111,11 @@ class GrpoConfig:
         return self.compute_dtype == "bfloat16" and model.dtype == torch.float32
 
 
-class GrpoRun:
+class GrpoRun(TrainingRun):
     """Runs one training; TRL calls back into it for completions, rewards and records."""
+
+    engine: TransformersEngine
+    config: GrpoConfig
 
     def __init__(
         self,
@@ -131,23 +129,11 @@ class GrpoRun:
         clock: Clock | None = None,
     ) -> None:
         """`save_model` writes the live weights to a folder; `clock` may have started earlier."""
-        self.engine = engine
+        super().__init__(engine, task, config, folder, save_model, loggers, clock, members=1)
         self.task = task
-        self.config = config
-        self.folder = folder
-        self.loggers = loggers
-        self.clock = clock or Clock()
-        self.progress = RunProgress(config.generations, 1)
         self.interrupts = Interrupts()
-        self.account = Account(engine.table().numel)
+        self.account.parameters = engine.table().numel
         self.generation = 0
-        self.prior = PriorTasks((), PriorSettings())
-        self._save_model = save_model
-        self._held_out = tuple(task.held_out(config.eval_size))
-        self._before: HeldOut | None = None
-        self._after: HeldOut | None = None
-        self._inference_peak: int | None = None
-        self._failed_rewards = 0
         self._began = 0.0
         self._scores: list[Score] = []
         self._tokens = 0
@@ -171,17 +157,14 @@ class GrpoRun:
 
     def _start(self) -> None:
         """What generating costs without training is measured before any gradient exists."""
-        self.clock.lap(SETUP)
-        can_measure = reset_peak()
-        self._before = self._evaluate(0)
-        self._take_up()
-        self.prior.keep_in(self.folder.path / PRIOR, self.generation)
-        count = len(self._held_out)
-        self.progress.note(f"held-out before: {self._before.text()} ({count} prompts)")
-        self._evaluate_prior(0)
+        rows = self.folder.lines()
+        self._failed_rewards = sum(row["failed_rewards"] for row in rows)
         prompts = [example.prompt for example in self.batch(0)] * self.config.group_size
-        self._generate(prompts, self._sampling(0))
-        self._inference_peak = peak_bytes() if can_measure else None
+        self._measure_start(
+            rows[-1]["generation"] if rows else 0,
+            lambda: self._generate(prompts, self._sampling(0)),
+        )
+        self.account.go_on(rows)
         self._write_samples()
 
     def _optimise(self, resume: Path | None) -> None:
@@ -193,6 +176,7 @@ class GrpoRun:
             self.clock.lap(SETUP)
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         self.interrupts.rest()
+        self.generation = trainer.state.global_step // self.config.iterations
         if self._after is None:  # the checkpoint was the end
             self._after = self._evaluate(self.generation)
 
@@ -215,6 +199,7 @@ class GrpoRun:
 
     def answer(self, generation: int, places: Sequence[int]) -> list[Completion]:
         """A completion a row; `places`: which of the generation's prompts each row has."""
+        self.generation = generation  # so many are in the weights, a checkpoint's from here on
         self.clock.lap(RECORDS)
         self.interrupts.rest()
         self._began = sum(self.clock.seconds.values())
@@ -253,22 +238,13 @@ class GrpoRun:
                 )
         self.generation = generation
         report = self._report(generation)
-        due = generation == self.config.generations or generation % self.config.eval_every == 0
         held_out = None
         if not self.interrupts.asked:
             self.interrupts.rest()
-            held_out = self._evaluate(generation) if due else None
+            held_out = self._evaluate_if_due(generation)
             self._evaluate_prior(generation)
             self.interrupts.moving = True  # a checkpoint may follow
-        self._after = held_out or self._after
-        self._record(report, held_out, numbers)
-
-    def _take_up(self) -> None:
-        """Goes on from the metrics lines of an earlier part of the run."""
-        rows = self.folder.lines()
-        self.account.go_on(rows)
-        self.generation = rows[-1]["generation"] if rows else 0
-        self._failed_rewards = sum(row["failed_rewards"] for row in rows)
+        self._record(report, held_out, grpo=numbers)
 
     # --- the account and the records -------------------------------------------------------------
 
@@ -310,15 +286,8 @@ class GrpoRun:
             return self.engine.generate(prompts, sampling)
 
     def _evaluate_prior(self, generation: int) -> None:
-        """Where it is due and not known already, as from before the run was stopped."""
-        if self.prior.due(generation, self.config.generations):
-            self.clock.lap(RECORDS)
-            self.progress.doing("prior tasks")
-            with self._computing():
-                scores = self.prior.evaluate(self.engine, generation)
-            shown = ", ".join(f"{score.task} {score.greedy.score:.3f}" for score in scores)
-            self.progress.note(f"prior tasks at generation {generation}: {shown}")
-            self.clock.lap(PRIOR_TASKS)
+        with self._computing():
+            super()._evaluate_prior(generation)
 
     def _evaluate(self, generation: int) -> HeldOut:
         self.progress.doing("held-out prompts")
@@ -330,27 +299,6 @@ class GrpoRun:
         self.clock.lap(EVALUATION)
         return HeldOut(generation, tuple(scores), tuple(texts))
 
-    def _record(
-        self, report: GenerationReport, held_out: HeldOut | None, numbers: Mapping[str, float]
-    ) -> None:
-        line: dict[str, Any] = {"generation": report.generation, **report.numbers()}
-        line["total_seconds"] = dict(self.clock.seconds)
-        line["held_out"] = held_out and held_out.record()
-        line["cost"] = self.account.counts()
-        line["grpo"] = dict(numbers)
-        self.folder.add_metrics(line)
-        shown = {**report.numbers(), **numbers}
-        if held_out is not None:
-            shown["held_out_score"] = held_out.mean
-        for logger in self.loggers:
-            logger.log(report.generation, shown)
-        self.progress.generation(report, held_out)
-        self.clock.lap(RECORDS)
-
-    def _write_samples(self) -> None:
-        shown = self._held_out[:SAMPLES_SHOWN]
-        self.folder.write(SAMPLES, samples(shown, self._before, self._after))
-
     def _finish(self, status: str) -> TrainResult:
         """Samples, the model unless it was left in the middle of a step, the summary."""
         self.clock.lap(RECORDS)
@@ -361,25 +309,8 @@ class GrpoRun:
         elif self.generation:
             self._save_model(self.folder.model)
         stored = self._as_stored() if status == "finished" else None
-        for logger in self.loggers:
-            logger.close()
-        self.clock.lap(FINISH)
-        peak = None if self._inference_peak is None else peak_bytes()
-        result = TrainResult(
-            status=status,
-            generations=self.generation,
-            before=self._before,
-            after=self._after,
-            prompts=self._held_out,
-            memory=Memory(self._inference_peak, peak),
-            clock=self.clock,
-            failed_rewards=self._failed_rewards,
-            prior=self.prior,
-            cost=self.account.record(self.prior.tokens()),
-        )
-        record = {**result.record(), "held_out_as_bfloat16": stored and stored.record()}
-        self.folder.write(SUMMARY, record)
-        return result
+        as_stored = stored and stored.record()
+        return self._summarise(status, self.generation, held_out_as_bfloat16=as_stored)
 
     def _as_stored(self) -> HeldOut | None:
         """The held-out score of float32 weights rounded to bfloat16, as models are stored; None

@@ -13,7 +13,7 @@ from esfast import plots
 from esfast.held_out import HeldOut
 from esfast.measure import FINISH, LOOP, SETUP
 from esfast.prior.scores import KINDS
-from esfast.train import SAMPLES_SHOWN, TrainResult
+from esfast.training_run import SAMPLES_SHOWN, TrainResult
 
 LONGEST_SHOWN = 200
 INTERRUPTED = 130

@@ -14,108 +14,41 @@ goes on from its end, to the bit; its base is evaluated again, to compare with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from esfast import measure
-from esfast.cost import Account
-from esfast.engines.base import Engine, Measured
+from esfast.engines.base import Engine
 from esfast.engines.fleet import Fleet
 from esfast.errors import EsfastError
 from esfast.evolution import EvolutionStrategy
-from esfast.held_out import HeldOut, rise, samples
+from esfast.held_out import HeldOut
 from esfast.journal import JournalWriter
 from esfast.journal_format import MarkRecord, SegmentRecord
 from esfast.loggers import Logger
 from esfast.measure import (
     EVALUATION,
-    FINISH,
     GENERATION,
-    LOOP,
-    PRIOR_TASKS,
     RECORDS,
     SCORING,
     SETUP,
     Clock,
 )
-from esfast.prior import PriorSettings, PriorTasks
-from esfast.prior.evaluation import PRIOR
-from esfast.progress import GenerationReport, RunProgress
+from esfast.progress import GenerationReport
 from esfast.replay import catch_up, header_of, require_settings
 from esfast.resources import readable
 from esfast.rollout import Earned, Rollout, TrainConfig, strategy_over
-from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
+from esfast.run_folder import RunFolder
 from esfast.snapshots import save_snapshot
-from esfast.tasks.base import Example, Task
-
-SAMPLES_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak bytes: of generating without training, of the whole run; None where not measured."""
-
-    inference_bytes: int | None
-    peak_bytes: int | None
-
-    @property
-    def ratio(self) -> float | None:
-        """The run's peak over the peak of generating alone."""
-        if self.inference_bytes is None or self.peak_bytes is None:
-            return None
-        return self.peak_bytes / self.inference_bytes
+from esfast.tasks.base import Task
+from esfast.training_run import TrainingRun, TrainResult
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of a run; `status` is "finished", "interrupted" or "failed". cost: the record of
-    its `esfast.cost.Account`, None where not all of it is known."""
-
-    status: str
-    generations: int
-    before: HeldOut | None
-    after: HeldOut | None
-    prompts: tuple[Example, ...]
-    memory: Memory
-    clock: Clock
-    failed_rewards: int
-    prior: PriorTasks
-    cost: dict[str, Any] | None
-
-    @property
-    def rise(self) -> tuple[float, float] | None:
-        """The held-out score's rise, and the same in standard errors; None before the first."""
-        if self.before is None or self.after is None:
-            return None
-        return rise(self.before, self.after)
-
-    def record(self) -> dict[str, Any]:
-        """summary.json; plain JSON values."""
-        difference, errors = self.rise or (None, None)
-        return {
-            "status": self.status,
-            "generations": self.generations,
-            "held_out_before": self.before and self.before.record(),
-            "held_out_after": self.after and self.after.record(),
-            "rise": difference,
-            "rise_in_standard_errors": errors,
-            "failed_rewards": self.failed_rewards,
-            "prior": self.prior.summary(),
-            "cost": self.cost,
-            "seconds": dict(self.clock.seconds),
-            "outside_share_of_loop": self.clock.outside_share(),
-            "outside_share_of_run": self.clock.outside_share((*LOOP, SETUP, FINISH)),
-            "inference_peak_bytes": self.memory.inference_bytes,
-            "peak_bytes": self.memory.peak_bytes,
-            "peak_over_inference": self.memory.ratio,
-        }
-
-
-class Trainer:
+class Trainer(TrainingRun):
     """Runs one training; owns the order of things."""
+
+    config: TrainConfig
 
     def __init__(
         self,
@@ -126,32 +59,19 @@ class Trainer:
         *,
         save_model: Callable[[Path], object],
         anchor: Path | None = None,
-        loggers: list[Logger] | None = None,
+        loggers: Sequence[Logger] = (),
         clock: Clock | None = None,
     ) -> None:
         """`save_model` writes the live weights to a folder; `anchor`: the folder of the model that
         decay pulls to (without it a copy is kept); `clock` may have started earlier."""
-        self.engine = engine
-        self.config = config
-        self.folder = folder
-        self.loggers = loggers or []
-        self.clock = clock or Clock()
+        members = config.strategy.population_size
+        super().__init__(engine, task, config, folder, save_model, loggers, clock, members)
         self.rollout = Rollout(engine, task, config, self.clock)
-        self.progress = RunProgress(config.generations, config.strategy.population_size)
-        self.account = Account()
-        self._save_model = save_model
         self._anchor = anchor
-        self._held_out = tuple(task.held_out(config.eval_size))
         self._greedy = replace(config.sampling, temperature=0.0)
-        self._before: HeldOut | None = None
-        self._after: HeldOut | None = None
-        self._peaks = engine if isinstance(engine, Measured) else measure
         if isinstance(engine, Fleet):
             engine.note = lambda text: self.progress.note(text)
-        self._inference_peak: int | None = None
-        self._failed_rewards = 0
         self._caught_up = False
-        self.prior = PriorTasks((), PriorSettings())
         self.es: EvolutionStrategy | None = None
 
     def run(self) -> TrainResult:
@@ -173,18 +93,12 @@ class Trainer:
 
     def _start(self) -> None:
         """What generating costs without training is measured before any ES structure exists."""
-        self.clock.lap(SETUP)
-        can_measure = self._peaks.reset_peak()
-        self._before = self._evaluate(0)
-        self.progress.note(
-            f"held-out before: {self._before.text()} ({len(self._held_out)} prompts)"
-        )
         writer = self.folder.journal
-        self.prior.keep_in(self.folder.path / PRIOR, 0 if writer is None else writer.generation)
-        self._evaluate_prior(0)
-        warm_up = [example.prompt for example in self.rollout.batch(0)]
-        self.engine.generate(warm_up, self.rollout.sampling(0))
-        self._inference_peak = self._peaks.peak_bytes() if can_measure else None
+        prompts = [example.prompt for example in self.rollout.batch(0)]
+        self._measure_start(
+            0 if writer is None else writer.generation,
+            lambda: self.engine.generate(prompts, self.rollout.sampling(0)),
+        )
         self.clock.lap(SETUP)
         self.es = strategy_over(self.engine, self.config, self._anchor)
         self.account.parameters = sum(math.prod(spec.shape) for spec in self.es.weights.specs())
@@ -237,9 +151,7 @@ class Trainer:
             report = self._generation(self.es)
             done = self.es.generation
             self._snapshot(self.es)
-            due = done == self.config.generations or done % self.config.eval_every == 0
-            held_out = self._evaluate(done) if due else None
-            self._after = held_out or self._after
+            held_out = self._evaluate_if_due(done)
             self._evaluate_prior(done)
             self._record(report, held_out)
         self.rollout.workers.compare(self.es.weights.checksum(), self.es.generation)
@@ -291,30 +203,6 @@ class Trainer:
         self.account.read(self.account.evaluation, self.rollout.read_tokens, tokens)
         return HeldOut(generation, tuple(scores), tuple(texts))
 
-    def _evaluate_prior(self, generation: int) -> None:
-        """Where it is due and not known already, as from before the run was stopped."""
-        if self.prior.due(generation, self.config.generations):
-            self.clock.lap(RECORDS)
-            self.progress.doing("prior tasks")
-            scores = self.prior.evaluate(self.engine, generation)
-            shown = ", ".join(f"{score.task} {score.greedy.score:.3f}" for score in scores)
-            self.progress.note(f"prior tasks at generation {generation}: {shown}")
-            self.clock.lap(PRIOR_TASKS)
-
-    def _record(self, report: GenerationReport, held_out: HeldOut | None) -> None:
-        line: dict[str, Any] = {"generation": report.generation, **report.numbers()}
-        line["total_seconds"] = dict(self.clock.seconds)
-        line["held_out"] = held_out and held_out.record()
-        line["cost"] = self.account.counts()
-        self.folder.add_metrics(line)
-        numbers = report.numbers()
-        if held_out is not None:
-            numbers["held_out_score"] = held_out.mean
-        for logger in self.loggers:
-            logger.log(report.generation, numbers)
-        self.progress.generation(report, held_out)
-        self.clock.lap(RECORDS)
-
     def _restore(self) -> None:
         if self.es is not None:
             self.es.weights.restore()
@@ -332,10 +220,6 @@ class Trainer:
             journal.append(MarkRecord(self.es.generation, self.es.weights.checksum()))
         journal.close()
 
-    def _write_samples(self) -> None:
-        shown = self._held_out[:SAMPLES_SHOWN]
-        self.folder.write(SAMPLES, samples(shown, self._before, self._after))
-
     def _finish(self, status: str) -> TrainResult:
         """Samples, model, loggers, and last the summary."""
         self.clock.lap(RECORDS)
@@ -349,21 +233,4 @@ class Trainer:
             self.es.journal.close()
         elif self.folder.journal is not None:
             self.folder.journal.close()
-        for logger in self.loggers:
-            logger.close()
-        self.clock.lap(FINISH)
-        peak = None if self._inference_peak is None else self._peaks.peak_bytes()
-        result = TrainResult(
-            status=status,
-            generations=generations,
-            before=self._before,
-            after=self._after,
-            prompts=self._held_out,
-            memory=Memory(self._inference_peak, peak),
-            clock=self.clock,
-            failed_rewards=self._failed_rewards,
-            prior=self.prior,
-            cost=self.account.record(self.prior.tokens()),
-        )
-        self.folder.write(SUMMARY, result.record())
-        return result
+        return self._summarise(status, generations)

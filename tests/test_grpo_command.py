@@ -55,7 +55,7 @@ def test_too_little_memory_is_said_before_training(tmp_path, tiny_model, monkeyp
     def little(*_: object) -> None:
         monkeypatch.setattr("esfast.resources.available_memory", lambda: 1000)
 
-    monkeypatch.setattr("esfast.grpo.peak_bytes", little)
+    monkeypatch.setattr("esfast.measure.peak_bytes", little)
     assert run("grpo", *shared, "--eval-size", "2", "--no-plots") == 2
     error = capsys.readouterr().err
     assert "gradients and optimiser needs about 1 MB" in error

@@ -1,0 +1,211 @@
+"""What a training run measures and tells, whatever moves its weights: evolution strategies
+(train.py) or GRPO (grpo.py).
+
+Held-out scores, greedy: before, every `eval_every` generations, after. Prior tasks, on their own
+account of time. Peak memory of generating alone, and of the run. A line a generation for the
+folder, the loggers and the console; in the end the samples, the model and the summary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from esfast import measure
+from esfast.cost import Account
+from esfast.engines.base import Engine, Measured
+from esfast.held_out import HeldOut, rise, samples
+from esfast.loggers import Logger
+from esfast.measure import FINISH, LOOP, PRIOR_TASKS, RECORDS, SETUP, Clock
+from esfast.prior import PriorSettings, PriorTasks
+from esfast.prior.evaluation import PRIOR
+from esfast.progress import GenerationReport, RunProgress
+from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
+from esfast.tasks.base import Example, Task
+
+SAMPLES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes: of generating without training, of the whole run; None where not measured."""
+
+    inference_bytes: int | None
+    peak_bytes: int | None
+
+    @property
+    def ratio(self) -> float | None:
+        """The run's peak over the peak of generating alone."""
+        if self.inference_bytes is None or self.peak_bytes is None:
+            return None
+        return self.peak_bytes / self.inference_bytes
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a run; `status` is "finished", "interrupted" or "failed". cost: the record of
+    its `esfast.cost.Account`, None where not all of it is known."""
+
+    status: str
+    generations: int
+    before: HeldOut | None
+    after: HeldOut | None
+    prompts: tuple[Example, ...]
+    memory: Memory
+    clock: Clock
+    failed_rewards: int
+    prior: PriorTasks
+    cost: dict[str, Any] | None
+
+    @property
+    def rise(self) -> tuple[float, float] | None:
+        """The held-out score's rise, and the same in standard errors; None before the first."""
+        if self.before is None or self.after is None:
+            return None
+        return rise(self.before, self.after)
+
+    def record(self) -> dict[str, Any]:
+        """summary.json; plain JSON values."""
+        difference, errors = self.rise or (None, None)
+        return {
+            "status": self.status,
+            "generations": self.generations,
+            "held_out_before": self.before and self.before.record(),
+            "held_out_after": self.after and self.after.record(),
+            "rise": difference,
+            "rise_in_standard_errors": errors,
+            "failed_rewards": self.failed_rewards,
+            "prior": self.prior.summary(),
+            "cost": self.cost,
+            "seconds": dict(self.clock.seconds),
+            "outside_share_of_loop": self.clock.outside_share(),
+            "outside_share_of_run": self.clock.outside_share((*LOOP, SETUP, FINISH)),
+            "inference_peak_bytes": self.memory.inference_bytes,
+            "peak_bytes": self.memory.peak_bytes,
+            "peak_over_inference": self.memory.ratio,
+        }
+
+
+class RunSettings(Protocol):
+    """What the settings of both methods say; see TrainConfig and GrpoConfig."""
+
+    @property
+    def generations(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def eval_size(self) -> int: ...
+
+
+class TrainingRun(ABC):
+    """One run; `prior`, `progress` and `loggers` may be set before it starts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        config: RunSettings,
+        folder: RunFolder,
+        save_model: Callable[[Path], object],
+        loggers: Sequence[Logger],
+        clock: Clock | None,
+        members: int,
+    ) -> None:
+        """`save_model` writes the live weights to a folder; `clock` may have started earlier;
+        `members`: steps of the bar a generation."""
+        self.engine = engine
+        self.config = config
+        self.folder = folder
+        self.loggers = loggers
+        self.clock = clock or Clock()
+        self.progress = RunProgress(config.generations, members)
+        self.account = Account()
+        self.prior = PriorTasks((), PriorSettings())
+        self._save_model = save_model
+        self._held_out = tuple(task.held_out(config.eval_size))
+        self._before: HeldOut | None = None
+        self._after: HeldOut | None = None
+        self._peaks = engine if isinstance(engine, Measured) else measure
+        self._inference_peak: int | None = None
+        self._failed_rewards = 0
+
+    @abstractmethod
+    def _evaluate(self, generation: int) -> HeldOut:
+        """Answers the held-out prompts under the weights as they are."""
+
+    def _measure_start(self, done: int, warm_up: Callable[[], object]) -> None:
+        """The scores before training, and what generating costs without it: `warm_up` generates as
+        a generation will. done: generations of the run's earlier part."""
+        self.clock.lap(SETUP)
+        can_measure = self._peaks.reset_peak()
+        self._before = self._evaluate(0)
+        count = len(self._held_out)
+        self.progress.note(f"held-out before: {self._before.text()} ({count} prompts)")
+        self.prior.keep_in(self.folder.path / PRIOR, done)
+        self._evaluate_prior(0)
+        warm_up()
+        self._inference_peak = self._peaks.peak_bytes() if can_measure else None
+
+    def _evaluate_if_due(self, generation: int) -> HeldOut | None:
+        """The held-out prompts every `eval_every` generations and at the end."""
+        if generation < self.config.generations and generation % self.config.eval_every:
+            return None
+        self._after = self._evaluate(generation)
+        return self._after
+
+    def _evaluate_prior(self, generation: int) -> None:
+        """Where it is due and not known already, as from before the run was stopped."""
+        if self.prior.due(generation, self.config.generations):
+            self.clock.lap(RECORDS)
+            self.progress.doing("prior tasks")
+            scores = self.prior.evaluate(self.engine, generation)
+            shown = ", ".join(f"{score.task} {score.greedy.score:.3f}" for score in scores)
+            self.progress.note(f"prior tasks at generation {generation}: {shown}")
+            self.clock.lap(PRIOR_TASKS)
+
+    def _record(
+        self, report: GenerationReport, held_out: HeldOut | None, **method: Mapping[str, float]
+    ) -> None:
+        """method: a method's own numbers of the generation, under its name."""
+        numbers = report.numbers()
+        line: dict[str, Any] = {"generation": report.generation, **numbers}
+        line["total_seconds"] = dict(self.clock.seconds)
+        line["held_out"] = held_out and held_out.record()
+        line["cost"] = self.account.counts()
+        self.folder.add_metrics({**line, **method})
+        for own in method.values():
+            numbers.update(own)
+        if held_out is not None:
+            numbers["held_out_score"] = held_out.mean
+        for logger in self.loggers:
+            logger.log(report.generation, numbers)
+        self.progress.generation(report, held_out)
+        self.clock.lap(RECORDS)
+
+    def _write_samples(self) -> None:
+        shown = self._held_out[:SAMPLES_SHOWN]
+        self.folder.write(SAMPLES, samples(shown, self._before, self._after))
+
+    def _summarise(self, status: str, generations: int, **method: object) -> TrainResult:
+        """Closes the loggers and writes the summary, which comes last. method: further entries."""
+        for logger in self.loggers:
+            logger.close()
+        self.clock.lap(FINISH)
+        peak = None if self._inference_peak is None else self._peaks.peak_bytes()
+        result = TrainResult(
+            status=status,
+            generations=generations,
+            before=self._before,
+            after=self._after,
+            prompts=self._held_out,
+            memory=Memory(self._inference_peak, peak),
+            clock=self.clock,
+            failed_rewards=self._failed_rewards,
+            prior=self.prior,
+            cost=self.account.record(self.prior.tokens()),
+        )
+        self.folder.write(SUMMARY, {**result.record(), **method})
+        return result
