@@ -13,13 +13,13 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from esfast.checkpoint import weight_files
-from esfast.errors import DataError, ParameterError
+from esfast.errors import DataError, ParameterError, StateError
 from esfast.parameters import DTYPES, ParameterTable
 
 _FORMATS = {"F32": (0, 4), "BF16": (1, 2), "F16": (2, 2)}
@@ -160,6 +160,12 @@ class Anchor:
             address = int(file.bytes.ctypes.data) + begin
             stored.append(_Stored(address, *_FORMATS[kind], True))
         return cls(table, stored, list(files), 0)
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            "an anchor knows its elements by their addresses, and cannot be copied or pickled; "
+            "make another with Anchor.in_memory(table) or Anchor.from_safetensors(path, table)."
+        )
 
     def fill(self, rows: np.ndarray, table: ParameterTable) -> None:
         """Writes the anchor's columns of a core segment table."""

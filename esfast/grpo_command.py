@@ -37,6 +37,7 @@ from esfast.train_flags import (
     positive,
     prior_of,
     task_of,
+    thread_count,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--compute-dtype", choices=DTYPES, default="float32", help="of products of float32 weights"
     )
     group.add_argument("--device", default="cpu", help="where the model lives")
-    group.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    group.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     group.add_argument("--batch-size", type=positive, default=64, help="rows decoded together")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,16 @@ from esfast.errors import ConfigError
 NOISES = ("gaussian", "rademacher", "hadamard")
 GENERATION_MEMBER = 0xFFFFFFFF  # the member number that derives a generation's own seed
 MOST_MEMBERS = 32 * 4128  # Hadamard: 4128 groups of 32 keep the update's int32 sum exact
+
+
+def whole(value: object) -> int | None:
+    """An integer of any library as an int; None for anything else (True is no number)."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,24 @@ class Member:
     index: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not 0 <= int(self.seed) < 2**64:
+        seed, sign, index = whole(self.seed), whole(self.sign), whole(self.index)
+        if seed is None or not 0 <= seed < 2**64:
             raise ConfigError(
                 f"a member's seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1."
             )
-        if self.sign not in (1, -1):
+        if sign not in (1, -1):
             raise ConfigError(f"a member's sign is {self.sign!r}; it is +1 or -1.")
         if self.noise not in NOISES:
             raise ConfigError(
                 f"noise {self.noise!r} is unknown; choose one of {', '.join(NOISES)}."
             )
-        if not 0 <= self.index < MOST_MEMBERS:
+        if index is None or not 0 <= index < MOST_MEMBERS:
             raise ConfigError(
                 f"a member's index is {self.index!r}; it is an integer from 0 to "
                 f"{MOST_MEMBERS - 1} (and only Hadamard noise uses it)."
             )
+        for field, value in (("seed", seed), ("sign", sign), ("index", index)):
+            object.__setattr__(self, field, value)  # a numpy integer is one too, JSON knows none
 
     @property
     def spec(self) -> _core.MemberSpec:

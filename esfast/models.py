@@ -55,7 +55,10 @@ def model_folder(name_or_path: str | Path) -> Path:
         from esfast.model_cache import cached_smollm2
 
         return cached_smollm2()
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~somebody, who is not known here
+        path = Path(name)
     if name and path.exists():
         return _local(path)
     is_name = isinstance(name_or_path, str) and HUB_NAME.fullmatch(name)
@@ -70,7 +73,7 @@ def model_folder(name_or_path: str | Path) -> Path:
 
 def _local(path: Path) -> Path:
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-        seen = "a file" if path.is_file() else f"holding {_listing(path)}"
+        seen = "no folder" if not path.is_dir() else f"holding {_listing(path)}"
         raise ConfigError(
             f"{path} is {seen}; expected a model's folder with config.json and *.safetensors. Save "
             f"one with model.save_pretrained and tokenizer.save_pretrained."
@@ -116,6 +119,10 @@ def _device(device: str | torch.device) -> torch.device:
             f"device {str(device)!r} cannot be used: {_first_line(error)}. This machine has 'cpu' "
             f"and {count} CUDA device{'' if count == 1 else 's'}."
         ) from None
+    if target.type == "meta":
+        raise ConfigError(
+            "device 'meta' cannot be used: its tensors hold no numbers. Choose 'cpu' or 'cuda'."
+        )
     return target
 
 

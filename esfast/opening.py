@@ -69,9 +69,18 @@ def _anchor(args: argparse.Namespace, folder: Path) -> Path:
     return folder if args.anchor_model is None else model_folder(args.anchor_model)
 
 
+def _require_no_vllm_flags(args: argparse.Namespace) -> None:
+    if args.engine_option or args.tensor_parallel_size != 1:
+        raise ConfigError(
+            "--engine-option and --tensor-parallel-size are settings of vLLM: give --engine vllm, "
+            "or leave them out."
+        )
+
+
 def _transformers(args: argparse.Namespace) -> Opened:
     from esfast.engines.transformers import TransformersEngine
 
+    _require_no_vllm_flags(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)

@@ -26,6 +26,7 @@ from esfast.models import load_model, model_folder
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
 from esfast.run_folder import require_free
+from esfast.train_flags import thread_count
 from esfast.weights import MEMORIES
 
 
@@ -54,7 +55,7 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="MODEL", help="the run's --model")
     parser.add_argument("--anchor-model", default=None, metavar="MODEL", help="the run's, if any")
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--threads", type=int, default=None, help="all cores if not given")
+    parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")
 
 

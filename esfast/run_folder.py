@@ -108,7 +108,7 @@ class RunFolder:
 
     def write(self, name: str, content: Any) -> None:
         """The JSON file `name`, replaced at once."""
-        self._replace(name, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        self._replace(name, _json(content, indent=1) + b"\n")
 
     def _replace(self, name: str, data: bytes) -> None:
         with whole_file(self.path / name) as file:
@@ -132,9 +132,15 @@ def require_free(path: Path) -> None:
         raise ConfigError(f"{path} is there already; give another folder with --output.")
 
 
+def _json(content: Any, indent: int | None = None) -> bytes:
+    r"""UTF-8; half a surrogate pair, which a model or a file name may hold, as JSON's \ud83d."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends a JSON line and syncs it. Raises EsfastError with the file as it was before."""
-    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    line = _json(record) + b"\n"
     try:
         with path.open("ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
@@ -156,26 +162,36 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is damaged ({error}).") from None
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            yield json.loads(line)
+            yield _of_kind(json.loads(line), dict)
         except ValueError as error:
             raise DataError(f"{path} line {number} is damaged ({error}).") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's config.json. Raises DataError where `folder` is no run."""
-    return read_json(folder / CONFIG)
+    config: dict[str, Any] = read_json(folder / CONFIG)
+    return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run. Raises DataError for one that is missing or damaged."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of a run, which holds an object or a list (`kind`). Raises DataError for one that
+    is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _of_kind(json.loads(path.read_text(encoding="utf-8")), kind)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}).") from None
+
+
+def _of_kind(content: Any, kind: type) -> Any:
+    if not isinstance(content, kind):
+        raise ValueError(f"it holds {json.dumps(content)[:60]}, which is no {kind.__name__}")
+    return content
 
 
 def _generation_of(line: bytes) -> float:

@@ -34,8 +34,11 @@ def _worst_for_nan(values: np.ndarray) -> np.ndarray:
 def as_rewards(rewards: ArrayLike) -> np.ndarray:
     """The rewards as float64. DataError where they are not numbers in a regular array."""
     try:
-        return np.array(rewards, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        given = np.asarray(rewards)
+        if given.dtype.kind in "US":
+            raise TypeError("there is text among them")
+        return np.array(given, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # torch's is the last
         raise DataError(
             f"the rewards are not numbers ({error}); give one a member, or a matrix of them."
         ) from error

@@ -14,15 +14,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from esfast.errors import ConfigError, DataError
-from esfast.members import MOST_MEMBERS, NOISES, Member, generation_seed, member_seed
+from esfast.members import MOST_MEMBERS, NOISES, Member, generation_seed, member_seed, whole
 from esfast.shaping import METHODS, as_rewards, shape
 
 ROUNDINGS = ("stochastic", "nearest")
 DECAYS = ("l1", "l2")
+SMALLEST, LARGEST = 2.0**-149, 1e30  # of sigma and alpha: fp32's subnormals, and far from its end
 
 
 PAPER_PRODUCT = {"l1": 0.01 * 5e-4, "l2": 10.0 * 5e-4}
 """alpha * lambda in arXiv 2605.30148."""
+
+
+def real(value: object) -> float | None:
+    """A finite number of any library as a float; None for anything else (True is no number)."""
+    if isinstance(value, (bool, str, bytes)):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,10 @@ class AnchoredDecay:
     def __post_init__(self) -> None:
         if self.kind not in DECAYS:
             raise ConfigError(f"decay {self.kind!r} is unknown; choose one of {', '.join(DECAYS)}.")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        weight = real(self.weight)
+        if weight is None or weight < 0:
             raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
+        object.__setattr__(self, "weight", weight)
 
     @classmethod
     def automatic(cls, kind: str, alpha: float) -> AnchoredDecay:
@@ -93,25 +107,36 @@ class StrategyConfig:
                     f"{setting} {getattr(self, setting)!r} is unknown; choose one of "
                     f"{', '.join(choices)}."
                 )
+        if self.decay is not None and not isinstance(self.decay, AnchoredDecay):
+            raise ConfigError(
+                f"decay is {self.decay!r}; it is None, or such as AnchoredDecay('l2', 10.0)."
+            )
         if self.decay is not None:
             self.decay.strength(self.alpha)
 
     def _check_numbers(self) -> None:
         for setting in ("sigma", "alpha"):
-            value = getattr(self, setting)
-            if not (math.isfinite(value) and np.float32(value) > 0 and value < 1e30):
-                raise ConfigError(f"{setting} is {value!r}; it is a positive number.")
-        if not 2 <= self.population_size <= MOST_MEMBERS:
+            value = real(getattr(self, setting))
+            if value is None or not SMALLEST <= value < LARGEST:
+                raise ConfigError(
+                    f"{setting} is {getattr(self, setting)!r}; it is a positive number below "
+                    f"{LARGEST:g} that fp32 can hold."
+                )
+            object.__setattr__(self, setting, value)
+        size, seed = whole(self.population_size), whole(self.seed)
+        if size is None or not 2 <= size <= MOST_MEMBERS:
             raise ConfigError(
                 f"population_size is {self.population_size!r}; it is 2 to {MOST_MEMBERS}: one "
                 "member alone has nothing to be compared with."
             )
-        if self.antithetic and self.population_size % 2:
+        if self.antithetic and size % 2:
             raise ConfigError(
                 f"population_size is {self.population_size} with antithetic pairs; make it even."
             )
-        if not 0 <= self.seed < 2**64:
+        if seed is None or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1.")
+        object.__setattr__(self, "population_size", size)
+        object.__setattr__(self, "seed", seed)
 
 
 class Strategy:

@@ -24,7 +24,7 @@ from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
 from esfast.tasks import Task, make_task
 from esfast.tasks.reward_pool import GIB, Limits
-from esfast.weights import MEMORIES
+from esfast.weights import MEMORIES, MOST_THREADS
 
 LAUNCHERS = ("auto", "ray")
 ENGINES = ("transformers", "vllm")
@@ -49,7 +49,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     group.add_argument("--device", default="cpu", help="where the model lives")
-    group.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    group.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     group.add_argument("--launcher", choices=LAUNCHERS, default="auto", help="docs/workers.md")
     group.add_argument("--engines", type=positive, default=None, help="that ray starts")
     group.add_argument(
@@ -278,6 +278,12 @@ def _number(text: str, kind: type, holds: Callable[[Any], bool], expected: str) 
 def positive(text: str) -> int:
     """An argparse type: a whole number of 1 or more."""
     return _number(text, int, lambda n: n >= 1, "a whole number of 1 or more")
+
+
+def thread_count(text: str) -> int:
+    """An argparse type: how many threads. More than any machine has cores ends the process where
+    they are started."""
+    return _number(text, int, lambda n: 1 <= n <= MOST_THREADS, f"from 1 to {MOST_THREADS}")
 
 
 def natural(text: str) -> int:

@@ -11,9 +11,11 @@ Lean and shadow give the same bits. Between calls nobody else may edit the tenso
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from esfast.resources import available_memory, readable, usable_cores
 from esfast.update import Update, UpdateReport
 
 MEMORIES = ("lean", "shadow", "master")
+MOST_THREADS = 1024
 _SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127  # of fp32
 _SAMPLE_STRIDE = 16  # every 16th chunk tells the size of lean's records to a few per cent
 
@@ -49,11 +52,21 @@ def _scale(sign: int, sigma: float) -> float:
     return sign * float(sigma)  # the core rounds it to fp32
 
 
+def _check_threads(threads: int | None) -> None:
+    # More than a machine has cores wins nothing; a million fails where threads are started.
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise ConfigError(
+            f"threads is {threads!r}; it is a whole number from 1 to {MOST_THREADS}, or None for "
+            "all cores."
+        )
+
+
 class Weights(LiveWeights):
     """The only thing that edits a model.
 
     table: what to edit; memory: "lean", "shadow" or "master"; anchor: for decay; threads: None
     takes the cores this process may use. After an exception the weights are restored or untouched.
+    Calls from several threads take turns; it cannot be copied or pickled, since it edits addresses.
     """
 
     def __init__(
@@ -65,14 +78,19 @@ class Weights(LiveWeights):
     ) -> None:
         if memory not in MEMORIES:
             raise ConfigError(f"memory {memory!r} is unknown; choose one of {', '.join(MEMORIES)}.")
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads!r}; it is 1 or more, or None for all cores.")
+        _check_threads(threads)
+        if anchor is not None and not isinstance(anchor, Anchor):
+            raise ConfigError(
+                f"the anchor is a {type(anchor).__name__}; make it with Anchor.in_memory(table) or "
+                "Anchor.from_safetensors(path, table)."
+            )
         self.table = table
         self.memory = memory
         self.anchor = anchor
         self.threads = threads or usable_cores()
         self._records = make_records(table.device)
         self._perturbed = False
+        self._turn = threading.RLock()
         self._bases: list[torch.Tensor] = []
         self._streamed: AnchorStream | None = None
         rows = table.rows()
@@ -125,23 +143,29 @@ class Weights(LiveWeights):
         sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
         """
         scale = _scale(member.sign, sigma)
-        self.table.check_in_place()
-        if self.memory == "lean":
-            self.restore()
-            self._core.perturb_recorded(
-                self._records, member.noise_number, member.spec, scale, self.threads
-            )
-        else:
-            self._perturbed = True  # first: an interrupt right after the call must find it set
-            self._core.perturb(member.noise_number, member.spec, scale, self.threads)
+        with self._turn:
+            self.table.check_in_place()
+            if self.memory == "lean":
+                self.restore()
+                self._core.perturb_recorded(
+                    self._records, member.noise_number, member.spec, scale, self.threads
+                )
+            else:
+                self._perturbed = True  # first: an interrupt right after the call must find it set
+                self._core.perturb(member.noise_number, member.spec, scale, self.threads)
 
     def restore(self) -> None:
-        """Puts back the bits from before `perturb`; does nothing where no member is applied."""
-        if self.memory == "lean":
-            self._core.restore(self._records, self.threads)
-        elif self._perturbed:
-            self._core.refresh(self.threads)
-            self._perturbed = False
+        """Puts back the bits from before `perturb`; does nothing where no member is applied.
+
+        StateError where a tensor's memory was given up meanwhile.
+        """
+        with self._turn:
+            self.table.check_memory()
+            if self.memory == "lean":
+                self._core.restore(self._records, self.threads)
+            elif self._perturbed:
+                self._core.refresh(self.threads)
+                self._perturbed = False
 
     def apply(self, update: Update) -> UpdateReport:
         """`update` with its arguments as one value."""
@@ -151,21 +175,22 @@ class Weights(LiveWeights):
                 "decay has no anchor to pull to; make the weights with "
                 "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
             )
-        self.table.check_in_place()
-        self.restore()
-        core = self._streamed if number and self._streamed is not None else self._core
-        saturated = core.update(
-            update.members[0].noise_number if update.members else 0,
-            [member.spec for member in update.members],
-            list(update.coefficients),
-            number,
-            strength,
-            update.rounding == "stochastic",
-            update.seed,
-            self.threads,
-        )
-        if number and self.anchor is not None:
-            self.anchor.release()
+        with self._turn:
+            self.table.check_in_place()
+            self.restore()
+            core = self._streamed if number and self._streamed is not None else self._core
+            saturated = core.update(
+                update.members[0].noise_number if update.members else 0,
+                [member.spec for member in update.members],
+                list(update.coefficients),
+                number,
+                strength,
+                update.rounding == "stochastic",
+                update.seed,
+                self.threads,
+            )
+            if number and self.anchor is not None:
+                self.anchor.release()
         return UpdateReport(saturated)
 
     def checksum(self) -> str:
@@ -174,7 +199,15 @@ class Weights(LiveWeights):
         A sum modulo 2^64 over elements, so that the checksums of shards add up to the whole's;
         segments that are not `counted` (another worker's are) stay out of it.
         """
-        return f"{self._counted.checksum(self.threads):016x}"
+        with self._turn:
+            self.table.check_memory()
+            return f"{self._counted.checksum(self.threads):016x}"
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            "Weights edit their model where it lies, and cannot be copied or pickled. Copy the "
+            "model, and make Weights of the copy."
+        )
 
     def anchor_checksum(self) -> str | None:
         """The same of the anchor's elements, in its own dtype; None without an anchor."""

@@ -16,8 +16,14 @@ from esfast.errors import EsfastError
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """`path`, open for writing; replaced when the block ends, left as it was where it raises.
 
-    Raises EsfastError where the file cannot be written.
+    Raises EsfastError where the file cannot be written, or where `path` is something else than a
+    file: root could rename one over /dev/null.
     """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise EsfastError(
+            f"cannot write '{path}': it is there and is no file. Name a file, new or to be "
+            "replaced, in a folder that is there."
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
 import pickle
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from esfast import Member, ParameterTable, Weights
-from esfast.errors import ParameterError, StateError
+from esfast import Anchor, AnchoredDecay, EvolutionStrategy, Member, ParameterTable, Weights
+from esfast.errors import ConfigError, DataError, ParameterError, StateError
+from esfast.strategy import StrategyConfig
 
 
 def table_of(tensor: torch.Tensor) -> ParameterTable:
@@ -97,3 +105,101 @@ def test_a_table_wants_tensors_by_name() -> None:
         ParameterTable.from_tensors([torch.zeros(3)])  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="name is 3"):
         ParameterTable.from_tensors({3: torch.zeros(3)})  # type: ignore[dict-item]
+
+
+def test_memory_given_up_under_a_member_is_not_restored_into() -> None:
+    tensor = torch.randn(100, 10)
+    weights = Weights(table_of(tensor))
+    weights.perturb(Member(1), 0.1)
+    tensor.resize_(1_000_000)
+    with pytest.raises(StateError, match="given up"):
+        weights.restore()
+    with pytest.raises(StateError, match="given up"):
+        weights.checksum()
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow"])
+def test_weights_and_anchors_know_addresses_and_are_not_copied(memory: str) -> None:
+    table = table_of(torch.randn(3))
+    for made in (Weights(table, memory), Anchor.in_memory(table), EvolutionStrategy(table)):
+        for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+            if made.__class__ is EvolutionStrategy and copied is copy.copy:
+                continue  # shares its Weights
+            with pytest.raises(StateError, match="copied or pickled"):
+                copied(made)
+
+
+def test_threads_take_turns_at_one_set_of_weights() -> None:
+    tensor = torch.randn(200_000)
+    before = tensor.clone()
+    weights = Weights(table_of(tensor), threads=1)
+
+    def work(first: int) -> None:
+        for seed in range(first, first + 10):
+            weights.perturb(Member(seed), 0.1)
+            weights.restore()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(0, 40, 10)))
+    weights.restore()
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, 10**9, "2"])
+def test_a_number_of_threads_is_checked(threads: object) -> None:
+    with pytest.raises(ConfigError, match="threads is"):
+        Weights(table_of(torch.zeros(3)), threads=threads)  # type: ignore[arg-type]
+
+
+def test_an_anchor_is_one() -> None:
+    with pytest.raises(ConfigError, match="in_memory"):
+        Weights(table_of(torch.zeros(3)), anchor="folder")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["seed", "sign", "index"])
+@pytest.mark.parametrize("value", [1.5, 1.0, "1", None, math.nan, True, 2**64, -2, [1]])
+def test_a_member_is_of_whole_numbers(field: str, value: object) -> None:
+    fields: dict[str, Any] = {"seed": 1, field: value}
+    with pytest.raises(ConfigError, match=field):
+        Member(**fields)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    member = Member(np.uint64(5), np.int8(-1), "gaussian", np.int64(3))  # type: ignore[arg-type]
+    assert member == Member(5, -1, "gaussian", 3)
+    config = StrategyConfig(np.float32(0.5), np.float64(0.25), np.int64(4), np.uint64(9))  # type: ignore[arg-type]
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(
+        dataclasses.asdict(StrategyConfig(0.5, 0.25, 4, 9))
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [(name, value) for name in ("sigma", "alpha") for value in
+     ("x", None, True, 10**400, 1e60, 1e-60, 0, -1, math.nan, math.inf)]
+    + [(name, value) for name in ("population_size", "seed") for value in (2.5, "8", None, True)]
+    + [("decay", "l2"), ("decay", 5)],
+)  # fmt: skip
+def test_a_setting_of_the_wrong_kind_is_told_by_name(setting: str, value: object) -> None:
+    settings: dict[str, Any] = {setting: value}
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=setting):
+        warnings.simplefilter("error")
+        StrategyConfig(**settings)
+
+
+@pytest.mark.parametrize("weight", ["x", None, True, 10**400])
+def test_a_decay_of_no_number_is_told(weight: object) -> None:
+    with pytest.raises(ConfigError, match="lambda"):
+        AnchoredDecay("l2", weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [["1", "2"], np.array(["1", "2"]), [10**400, 1], torch.ones(2, requires_grad=True), [1, "2"]],
+)
+def test_rewards_that_are_no_numbers_change_nothing(rewards: object) -> None:
+    es = EvolutionStrategy(table_of(torch.randn(5)), population_size=2)
+    before = es.weights.checksum()
+    with pytest.raises(DataError, match="are not numbers"):
+        es.step(rewards)  # type: ignore[arg-type]
+    assert (es.weights.checksum(), es.generation) == (before, 0)

@@ -48,6 +48,7 @@ from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
 from esfast.provenance import commit, device_name, one_line, provenance
 from esfast.resources import require_memory, usable_cores
+from esfast.train_flags import thread_count
 from esfast.weights import MEMORIES
 from esfast.whole_file import whole_file
 
@@ -84,7 +85,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--parameters", type=_count, default=None, metavar="N", help="or so many")
     where = parser.add_argument_group("where")
     where.add_argument("--device", default=CPU, help="cpu, or cuda")
-    where.add_argument("--threads", nargs="+", type=_positive, default=[usable_cores()])
+    where.add_argument("--threads", nargs="+", type=thread_count, default=[usable_cores()])
     where.add_argument(
         "--targets", nargs="+", choices=_core.targets(), default=[_core.target()],
         help="instruction sets",

@@ -33,7 +33,7 @@ from esfast.forgetting.groups import GROUPS
 from esfast.forgetting.subjects import Base, Moment, Subject, names_of, open_subject
 from esfast.provenance import provenance
 from esfast.run_folder import require_free
-from esfast.train_flags import DTYPES, add_task_flags, natural, positive
+from esfast.train_flags import DTYPES, add_task_flags, natural, positive, thread_count
 
 LENGTHS = ("whole", "tensor")
 
@@ -47,7 +47,7 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", default="last", help="generations, such as 0,10,last")
     parser.add_argument("--every", type=positive, default=None, help="and every so many of them")
     parser.add_argument("--as-dtype", choices=DTYPES, default=None, help="compare as stored in it")
-    parser.add_argument("--threads", type=positive, default=None, help="all cores if not given")
+    parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--device", default="cpu", help="of the replay and of the answers")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     _add_answer_flags(parser.add_argument_group("answers"))

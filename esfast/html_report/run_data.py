@@ -24,6 +24,9 @@ FORMAT, VERSION = "esfast-forgetting", 1
 Record = dict[str, Any]
 
 
+NEEDED = ("generation", "reward_mean", "reward_spread", "total_seconds")  # of metrics.jsonl
+
+
 @dataclass(frozen=True)
 class Subject:
     """A run or checkpoint that `esfast forgetting` measured: `record` is its SUBJECT, `file` the
@@ -127,7 +130,7 @@ def read_run(folder: Path, name: str) -> RunData:
         name=name,
         path=folder,
         config=config,
-        rows=_lines(folder / METRICS),
+        rows=_metrics(folder / METRICS),
         summary=read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None,
         samples=_samples(folder / SAMPLES),
         journal=journal,
@@ -180,8 +183,16 @@ def is_of(subject: Subject, folder: Path, journal: Journal | None) -> bool:
 
 
 def _samples(path: Path) -> tuple[Record, ...]:
-    content: Any = read_json(path) if path.exists() else []  # a list, unlike the others
-    return tuple(content)
+    return tuple(read_json(path, list)) if path.exists() else ()  # a list, unlike the others
+
+
+def _metrics(path: Path) -> tuple[Record, ...]:
+    rows = _lines(path)
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in NEEDED if key not in row]
+        if missing:
+            raise DataError(f"{path} line {number} has no {missing[0]!r}: it is no generation's.")
+    return rows
 
 
 def _prior(path: Path) -> tuple[PriorScore, ...]:

@@ -12,7 +12,6 @@ Contract of a task:
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +50,7 @@ class Score:
     failed: bool = False
 
 
+LARGEST_REWARD = 1e30  # an update's coefficients are fp32, which ends at 3.4e38
 Pending: TypeAlias = Callable[[], list[Score]]
 """Waits for scores that are on their way, and returns them."""
 
@@ -83,7 +83,9 @@ class Task(ABC):
         except Exception as error:
             return self.failure(f"scoring raised {type(error).__name__}: {error}")
         if not is_reward(score.value):
-            return self.failure(f"the reward was {score.value!r}; expected a finite number")
+            return self.failure(
+                f"the reward was {score.value!r}; expected a finite number, 1e30 at most"
+            )
         return score
 
     def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Score]:
@@ -172,5 +174,5 @@ def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
 
 
 def is_reward(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether `value` is a number of a size at which sums over rewards stay finite."""
+    return isinstance(value, (int, float)) and -LARGEST_REWARD <= value <= LARGEST_REWARD

@@ -1,4 +1,4 @@
-"""Reads a JSONL file of prompts: one JSON object a line, blank lines allowed.
+"""Reads a JSONL file of prompts: one JSON object a line, blank lines and a byte order mark allowed.
 
 Every complaint names the file and the line.
 """
@@ -19,7 +19,7 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict[str
     Raises DataError for a missing or empty file, a line that is no JSON object, a missing key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:

@@ -1,0 +1,162 @@
+"""Files and names that a command may be pointed at: one paragraph, exit code 2, nothing changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from esfast.cli import main
+from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.lasting_output import is_worth_telling, lasting_stdout
+from esfast.models import load_model, model_folder
+from esfast.run_folder import append_line, read_config, read_json, read_lines
+from esfast.tasks.base import is_reward
+from esfast.tasks.json_lines import read_rows
+from esfast.tasks.reward_process import reply_to
+from esfast.whole_file import whole_file
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What the command says in its one line."""
+    try:
+        code: object = main(list(argv))
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (2, 1), said
+    return said
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # as good as /dev/null, over which root can rename
+    with pytest.raises(EsfastError, match="no file"), whole_file(pipe) as file:
+        file.write(b"x")
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(EsfastError, match="no file"), whole_file(Path()) as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "3", '"text"'])
+def test_json_of_another_kind_is_damage(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        read_config(tmp_path)
+    with pytest.raises(DataError, match="line 1 is damaged"):
+        list(read_lines(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="no list"):
+        read_json(tmp_path / "config.json", list)
+
+
+def test_a_report_of_lines_that_are_no_generations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"made": {}, "settings": {}}')
+    (run / "metrics.jsonl").write_text('{"generation": 1}\n')
+    said = refused(capsys, "report", str(run), "-o", str(tmp_path / "r.html"))
+    assert "no 'reward_mean'" in said
+
+
+def test_half_a_surrogate_pair_is_written_and_read(tmp_path: Path) -> None:
+    append_line(tmp_path / "lines", {"text": "a\udcc3\ud83d b", "name": "ü"})
+    assert "ü" in (tmp_path / "lines").read_text(encoding="utf-8")
+    assert list(read_lines(tmp_path / "lines")) == [{"text": "a\udcc3\ud83d b", "name": "ü"}]
+
+
+def test_a_byte_order_mark_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
+    assert [row["prompt"] for _, row in read_rows(path, ("prompt",))] == ["a", "b"]
+
+
+def test_a_reward_beyond_what_an_update_holds_is_a_failed_one() -> None:
+    assert "error" in reply_to(1e308)
+    assert "error" in reply_to(-1e31)
+    assert reply_to(1e30)["value"] == 1e30
+    assert not is_reward(1e308)
+    assert not is_reward(float("nan"))
+    assert is_reward(-1e30)
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "~nobody-of-this-name/x"])
+def test_a_model_that_is_no_folder(name: str) -> None:
+    with pytest.raises(ConfigError):
+        model_folder(name)
+
+
+def test_the_meta_device_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no numbers"):
+        load_model(tmp_path, device="meta")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "grpo", "bench", "replay x --base=y --output=z", "forgetting x --base=y --output=z"],
+)
+@pytest.mark.parametrize("threads", ["0", "999999999"])
+def test_a_number_of_threads_that_none_has(
+    command: str, threads: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "from 1 to 1024" in refused(capsys, *command.split(), "--threads", threads)
+
+
+@pytest.mark.parametrize("flag", ["--engine-option=a=b", "--tensor-parallel-size=2"])
+def test_a_flag_of_vllm_without_vllm(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert "--engine vllm" in refused(capsys, "train", flag, "--output", str(output))
+    assert not output.exists()
+
+
+def test_a_target_that_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> object:
+        raise ConfigError("ESFAST_TARGET is 'nonsense'")
+
+    monkeypatch.setattr("esfast.cli.build_parser", refuse)
+    assert "nonsense" in refused(capsys, "info")
+
+
+class Broken:
+    """A standard output that fails with an error number."""
+
+    encoding = "utf-8"
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def write(self, _: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def flush(self) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ENOSPC, 2)])
+def test_output_that_goes_away_ends_nothing(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Broken(number)
+    broken.fileno = lambda: os.open(os.devnull, os.O_WRONLY)  # type: ignore[attr-defined]
+    monkeypatch.setattr("sys.stdout", broken)
+    with lasting_stdout() as output:
+        Console().print("rich ends the process where a pipe is broken")
+        print("and print raises")
+    assert output is not None
+    assert output.lost is not None
+    assert is_worth_telling(output.lost) is bool(code)
+    assert main(["info"]) == code
+    assert ("standard output" in capsys.readouterr().err) is bool(code)
