@@ -81,7 +81,8 @@ def _arguments(args: argparse.Namespace, share: Share) -> dict[str, Any]:
         sent["device"] = "cuda"  # an actor sees no other GPUs than its own
     else:
         sent["threads"] = int(share.environment["OMP_NUM_THREADS"])
-    if not any(text.startswith(f"{EXECUTOR}=") for text in args.engine_option):
+    chosen = any(text.startswith(f"{EXECUTOR}=") for text in args.engine_option)
+    if args.engine == "vllm" and not chosen:
         executor = "uni" if args.tensor_parallel_size == 1 else "mp"
         sent["engine_option"] = [*args.engine_option, f"{EXECUTOR}={executor}"]
     return sent
