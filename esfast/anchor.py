@@ -1,8 +1,10 @@
 """The anchor of weight decay: the model that training started from.
 
 In memory it is a packed copy of the table's elements; from a checkpoint it is the safetensors file
-itself, memory-mapped read-only and streamed by the update, whose pages are given back afterwards,
-so that it costs no resident memory. The file must stay as it is while the anchor is in use.
+itself, memory-mapped read-only and streamed by the update, whose pages are given back afterwards:
+none are resident between updates, and up to the whole file's towards the end of one, clean and the
+system's to take back, but counted in the resident set's peak. The file must stay as it is while the
+anchor is in use.
 Only the header of a safetensors file is interpreted (8 bytes of length, JSON, data).
 """
 
