@@ -12,13 +12,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # `python -m esfast` in a test puts the current folder first, and a clone of the sources has an
-# esfast without its compiled core there (Python 3.11 and later take note of this).
+# esfast without its compiled core there. Python 3.11 and later take note of this; for 3.10,
+# `away_from_the_sources` below.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 # A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
@@ -47,6 +49,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Python 3.10, which knows no PYTHONSAFEPATH, runs the tests from an empty folder."""
+    if sys.version_info >= (3, 11):
+        yield
+        return
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
