@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from esfast import _core, cli, train_flags
+from esfast import Anchor, ParameterTable, Weights, _core, cli, train_flags
 from esfast.journal import read_journal
+from esfast.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -199,15 +201,21 @@ def test_the_same_flags_give_the_same_run(vowels):
     assert lines[0] == lines[1] and len(read_journal("one").generations) == 2
 
 
-def test_decay_reads_its_anchor_from_the_models_file(vowels):
-    decay = ["--weight-decay-type", "l2", "--weight-decay-lambda", "10"]
-    assert run(*vowels, *decay, "--generations", "2", "--no-plots") == 0
+def test_decay_reads_its_anchor_from_the_models_file(vowels, tiny_model):
+    """In the file's fp32, where the run's weights are bf16."""
+    flags = ["--weight-decay-type", "l2", "--weight-decay-lambda", "10", "--dtype", "bfloat16"]
+    assert run(*vowels, *flags, "--generations", "1", "--eval-size", "1", "--no-plots") == 0
     settings = json.loads(Path("run/config.json").read_text())["settings"]
     assert settings["strategy"]["decay"] == {"kind": "l2", "weight": 10.0}
+    table = ParameterTable.from_module(load_model(tiny_model, dtype=torch.bfloat16).model)
+    anchors = (Anchor.from_safetensors(tiny_model, table), Anchor.in_memory(table))
+    file, live = (Weights(table, anchor=anchor).anchor_checksum() for anchor in anchors)
+    assert read_journal("run").header.anchor_checksum == file != live
 
 
 def test_ctrl_c_in_the_middle_leaves_a_whole_run(vowels, tiny_model):
-    command = [sys.executable, "-m", "esfast", *vowels, "--generations", "100000"]
+    few = ["--eval-size", "2"]
+    command = [sys.executable, "-m", "esfast", *vowels, *few, "--generations", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = Path("run/metrics.jsonl")
     deadline = time.monotonic() + 120

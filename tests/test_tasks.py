@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from esfast.tasks import Example, Score, Task, make_task
 from esfast.tasks.countdown import Countdown
 from esfast.tasks.draws import Draws
 from esfast.tasks.gsm8k import final_number
-from esfast.tasks.reasoning_gym import extract_answer
+from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
+from esfast.tasks.reward_pool import Limits, RewardPool
 
 
 def ids(examples: list[Example]) -> set[str]:
@@ -157,8 +159,22 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_reasoning_gym_scores_the_extracted_answer_and_keeps_its_problems(cache):
-    task = make_task("reasoning_gym:countdown", size=30)
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[RewardPool]:
+    """One process for all data sets: importing reasoning_gym there takes 5 s."""
+    pool = RewardPool(f"{SCORER}:score", Limits(workers=1))
+    yield pool
+    pool.close()
+
+
+def gym_task(dataset: str, size: int, scorer: RewardPool) -> ReasoningGym:
+    task = make_task(f"reasoning_gym:{dataset}", size=size)
+    task.pool = scorer
+    return task
+
+
+def test_reasoning_gym_scores_the_extracted_answer_and_keeps_its_problems(cache, scorer):
+    task = gym_task("countdown", 30, scorer)
     example = task.held_out(1)[0]
     right = example.data["answer"]
     assert task.score(example, f"I think the answer is {right}.") == Score(1.0, "Right.", True)
@@ -171,8 +187,8 @@ def test_reasoning_gym_scores_the_extracted_answer_and_keeps_its_problems(cache)
 
 
 @pytest.mark.parametrize("dataset", ["countdown", "string_insertion", "spiral_matrix", "n_queens"])
-def test_reasoning_gym_scorers_that_evaluate_never_see_code(cache, dataset, tmp_path):
-    task = make_task(f"reasoning_gym:{dataset}", size=10)
+def test_reasoning_gym_scorers_that_evaluate_never_see_code(cache, dataset, tmp_path, scorer):
+    task = gym_task(dataset, 10, scorer)
     example = task.train_batch(0, 0, 1)[0]
     touched = tmp_path / "touched"
     code = f"[open({str(touched)!r}, 'w')]"
