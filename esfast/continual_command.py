@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from esfast.prior.evaluation import OwnTask, PriorTask, label
 from esfast.prior.scores import KINDS
 from esfast.provenance import provenance
 from esfast.resume import PastRun, flags_of, given_flags
-from esfast.run_folder import CONFIG, read_config, read_json, require_free
+from esfast.run_folder import CONFIG, folder_for, read_config, read_json, require_free
 from esfast.train_command import run_job
 from esfast.train_flags import add_train_arguments, prior_of, strategy_of, task_of
 from esfast.weights import Weights
@@ -109,8 +108,7 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
     if args.anchor == "stage" and args.anchor_model is not None:
         raise ConfigError("--anchor stage and --anchor-model are two anchors; leave one out.")
     sources, counts = _sources(args.tasks), _counts(args)
-    default = Path("runs") / f"continual-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = default if args.output is None else Path(args.output)
+    folder = folder_for(args.output, "continual")
     stages = plan(folder, sources, counts)
     sequence = TaskSequence(args, folder, stages, provenance(args.command_line))
     strategy_of(args)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 from dataclasses import asdict
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +24,7 @@ from esfast.prior import PriorTasks
 from esfast.provenance import provenance, version
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
-from esfast.run_folder import RunFolder, require_free
+from esfast.run_folder import RunFolder, folder_for, require_free
 from esfast.tasks import Task
 from esfast.train_flags import (
     above_zero,
@@ -120,7 +118,7 @@ def _train(
     past: PastRun | None,
     clock: Clock,
 ) -> int:
-    output = _output(args, task)
+    output = folder_for(args.output, f"grpo-{task.name}")
     description = {**_description(args, config, task), "prior": prior.describe()}
     if past is None:
         require_free(output)
@@ -207,9 +205,3 @@ def _said(args: argparse.Namespace, run: GrpoRun) -> list[str]:
         f"{config.sampling.temperature:g}",
         f"tuned: {TUNED}; not tuned: {NOT_TUNED} or as config.json says",
     ]
-
-
-def _output(args: argparse.Namespace, task: Task) -> Path:
-    if args.output is not None:
-        return Path(args.output)
-    return Path("runs") / f"grpo-{task.name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"

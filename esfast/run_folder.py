@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,13 @@ def _make(path: Path) -> None:
             f"cannot make the folder {path}: {error.strerror or error}; give another one with "
             "--output."
         ) from None
+
+
+def folder_for(output: str | None, name: str) -> Path:
+    """The folder that --output names; without it one of this moment, runs/NAME-TIME."""
+    if output is not None:
+        return Path(output)
+    return Path("runs") / f"{name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def require_free(path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from esfast.replay import catch_up
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
 from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
-from esfast.run_folder import RunFolder, require_free
+from esfast.run_folder import RunFolder, folder_for, require_free
 from esfast.snapshots import SNAPSHOTS
 from esfast.tasks import Task
 from esfast.train import Trainer
@@ -83,7 +82,7 @@ def _train(
     clock: Clock,
     workers: Workers,
 ) -> int:
-    output = _output(args, task)
+    output = folder_for(args.output, task.name)
     description = {**_description(args, config, task), "prior": prior.describe()}
     if past is None:
         require_free(output)
@@ -139,10 +138,3 @@ def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> d
         "arguments": flags_of(args, add_train_arguments),
         "seed_derivation": SEED_DERIVATION,
     }
-
-
-def _output(args: argparse.Namespace, task: Task) -> Path:
-    if args.output is not None:
-        return Path(args.output)
-    name = task.name.replace(":", "-")
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
