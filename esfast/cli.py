@@ -1,7 +1,7 @@
 """The command line: `esfast train`, `forgetting`, `replay`, `apply`, `bench`, `info` and others.
 
-What a user can mend is one paragraph on standard error and exit code 2; Ctrl-C is 130; anything
-else is a bug and keeps its traceback.
+What a user can mend (also a file or folder that the system refuses) is one paragraph on standard
+error and exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ LESS_MEMORY = (
 )
 
 
+OTHER_PLACE = "Free some space there, see to its permissions, or name another place."
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one paragraph, without the usage of forty flags before it."""
 
@@ -72,6 +75,11 @@ def _command(argv: list[str] | None) -> int:
             raise
         what = str(error).strip().splitlines()[0:1] or ["an allocation failed"]
         return _say(f"not enough memory ({what[0]}). {LESS_MEMORY}", MENDABLE)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        told = f"cannot use {error.filename}: {error.strerror or error}. {OTHER_PLACE}"
+        return _say(told, MENDABLE)
     except KeyboardInterrupt:
         return _say("interrupted; nothing was running yet, or it has been put away.", INTERRUPTED)
 

@@ -127,6 +127,17 @@ def test_a_target_that_is_none(
     assert "nonsense" in refused(capsys, "info")
 
 
+def test_a_folder_that_the_system_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> int:
+        Path("/proc/no-such-process/folder").mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr("esfast.info.info_lines", lambda: refuse(0))
+    assert "cannot use /proc" in refused(capsys, "info")
+
+
 class Broken:
     """A standard output that fails with an error number."""
 
