@@ -269,3 +269,19 @@ def test_streamed_anchors(emulated: None, dtype: str, layout: str, chunk: int) -
         assert_bits(b.tensor, a.tensor, a.name)
     if chunk == 4096 and layout == "plain":
         assert len(anchor_stream.windows_of(anchored_rows(segments), chunk)) > 2
+
+
+def test_a_pinned_buffer_waits_for_its_copies(emulated: None) -> None:
+    """The first window of an update too: one that was interrupted may have left a copy queued."""
+    waited = []
+
+    class Copied:
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    rows = anchored_rows(STREAMED["plain"](torch.float32))
+    stream = anchor_stream.AnchorStream(rows, torch.device("cpu"), 4096)
+    stream._side, stream._copied = Copied(), [Copied(), Copied()]
+    for number in range(3):
+        stream._gather(stream._windows[number], number)
+    assert waited == [stream._copied[0], stream._copied[1], stream._copied[0]]
