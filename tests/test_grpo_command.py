@@ -30,7 +30,11 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     assert config["method"] == "grpo" and config["settings"]["group_size"] == 2
     assert config["tuning"].keys() == {"tuned", "not_tuned", "fixed"}
     assert config["made"]["packages"]["trl"]
-    assert [r["generation"] for r in read_lines(Path("run/prior.jsonl"))] == [0, 1]
+    measured = list(read_lines(Path("run/prior.jsonl")))
+    assert [r["generation"] for r in measured] == [0, 1]
+    prior = json.loads(Path("run/summary.json").read_text())["cost"]["prior"]
+    assert prior["prompt"] == sum(r["read_tokens"] for r in measured) > 0
+    assert "measuring cost  held-out" in out and f"prior tasks {prior['prompt']:,} prompt" in out
     assert {p.name for p in Path("run/plots").iterdir()} >= {"reward.png", "held_out.png"}
     assert run("train", "--resume", "run") == 2
     assert "made by `esfast grpo`" in capfd.readouterr().err
