@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cli import run
 
-from esfast import _core, cli
+from esfast import _core
 from esfast.bench import peers, workload
 from esfast.bench.measure import Timing, measure, variants
 from esfast.bench.rows import COLUMNS, KEY, Limits, Row, Stamp, merge_csv, read_csv, rows_of
@@ -24,15 +25,6 @@ from esfast.errors import DataError, EsfastError
 from esfast.whole_file import whole_file
 
 SMALL = ["--parameters", "3000", "--rounds", "1", "--threads", "1"]
-
-
-def run(*arguments: str) -> int:
-    """The exit code of `esfast bench ARGUMENTS`, in this process."""
-    try:
-        return cli.main(["bench", *arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +274,8 @@ def test_the_command_prints_and_stores(tmp_path: Path, capsys: pytest.CaptureFix
     files = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "plot")}
     flags = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
     threads = torch.get_num_threads()
-    assert run(*SMALL, "--dtype", "bfloat16", "float32", "--population", "8", "30", *flags) == 0
+    grid = ["--dtype", "bfloat16", "float32", "--population", "8", "30"]
+    assert run("bench", *SMALL, *grid, *flags) == 0
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
     assert "update 32" in out and "read-modify-write" in out and "checksum" in out
@@ -305,7 +298,7 @@ def test_the_command_prints_and_stores(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_only_keeps_what_matches(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    assert run(*SMALL, "--only", "^update-gaussian.*lean-8", "--json", str(path)) == 0
+    assert run("bench", *SMALL, "--only", "^update-gaussian.*lean-8", "--json", str(path)) == 0
     rows = json.loads(path.read_text())["rows"]
     ours = [row for row in rows if row["memory"] not in ("buffer", CACHE, TORCH)]
     assert [(row["kernel"], row["population"]) for row in ours] == [(UPDATE, 8)]
@@ -318,7 +311,7 @@ REFUSED = {
     "an unknown target": (["--targets", "sse2"], "invalid choice: 'sse2'"),
     "no rounds": (["--rounds", "0"], "'0' is not a whole number of 1 or more"),
     "no members": (["--population", "0"], "'0' is not a whole number of 1 or more"),
-    "no threads": (["--threads", "-1"], "'-1' is not a whole number of 1 or more"),
+    "no threads": (["--threads", "-1"], "'-1' is not from 1 to 1024"),
     "no parameters": (["--parameters", "0"], "'0' is not a number such as"),
     "a word for a number": (["--parameters", "many"], "'many' is not a number such as"),
     "two tables": (["--parameters", "10", "--model", "smollm2-135m"], "not allowed with"),
@@ -341,7 +334,7 @@ def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments, expected = REFUSED[case]
-    assert run(*arguments) == 2
+    assert run("bench", *arguments) == 2
     out, err = capsys.readouterr()
     assert expected in err and out == ""
     assert len(err.splitlines()) == 1 and "Traceback" not in err

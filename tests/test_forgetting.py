@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_cli import run
 from tiny_models import byte_tokenizer, llama
 
-from esfast import AnchoredDecay, EvolutionStrategy, cli
+from esfast import AnchoredDecay, EvolutionStrategy
 from esfast.diagnosis.plots import draw
 from esfast.diagnosis.records import EQUAL, models
 from esfast.forgetting.drift import CheckpointTensors, drift
@@ -24,11 +25,7 @@ GENERATIONS = 4
 
 def command(*arguments: str) -> int:
     """The exit code of `esfast forgetting ARGUMENTS`, in this process."""
-    try:
-        return cli.main(["forgetting", *map(str, arguments)])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
+    return run("forgetting", *map(str, arguments))
 
 
 def train(base: Path, folder: Path, dtype: str, **settings: object) -> None:
