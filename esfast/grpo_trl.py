@@ -6,7 +6,8 @@ generation. A row of the data set is the number of an example in the sequence of
 that the prompts are the task's, in order, whatever TRL does with rows.
 
 What is set here beside the user's flags, and what is left as TRL has it, is SETTINGS; it goes to
-config.json. Written for trl 1.16, whose `rollout_func` is called experimental.
+config.json. Tested with trl 1.16.0 and, the last for Python 3.10, 1.14.2; their `rollout_func` is
+called experimental.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def require_trl() -> None:
     except ImportError as error:
         raise ConfigError(
             f"esfast grpo needs the trl package ({error}); pip install 'esfast[forgetting]', or "
-            "pip install 'trl>=1.16'."
+            "pip install 'trl>=1.14'."
         ) from None
     if "generation_batch_size" not in GRPOConfig.__dataclass_fields__:
-        raise ConfigError("the trl that is installed is too old; pip install 'trl>=1.16'.")
+        raise ConfigError("the trl that is installed is too old; pip install 'trl>=1.14'.")
 
 
 def make_trainer(run: GrpoRun, folder: Path) -> Any:
