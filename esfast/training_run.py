@@ -194,7 +194,8 @@ class TrainingRun(ABC):
         for logger in self.loggers:
             logger.close()
         self.clock.lap(FINISH)
-        peak = None if self._inference_peak is None else self._peaks.peak_bytes()
+        least = self._inference_peak  # the kernel's peak may go back by some pages
+        peak = None if least is None else max(least, self._peaks.peak_bytes())
         result = TrainResult(
             status=status,
             generations=generations,
