@@ -124,6 +124,7 @@ class Killer(Targets):
     fleet: RayFleet
 
     def __init__(self, number: int) -> None:
+        super().__init__()
         self.number, self.scored, self.killed = number, 0, []
 
     def score_later(self, examples, completions):
