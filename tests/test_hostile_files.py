@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from tiny_models import byte_tokenizer, llama
 
 from esfast.cli import main
 from esfast.errors import ConfigError, DataError, EsfastError
@@ -95,6 +97,17 @@ def test_a_model_that_is_no_folder(name: str) -> None:
 def test_the_meta_device_holds_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no numbers"):
         load_model(tmp_path, device="meta")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_model_with_a_number_that_is_none(number: float, tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7, 3] = number
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"embed_tokens\.weight' .* holds NaN or infinity"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
