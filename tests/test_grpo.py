@@ -165,7 +165,7 @@ def test_a_run_trains_on_the_tasks_prompts_and_rewards_and_accounts_for_them(tmp
     assert summary["held_out_after"]["generation"] == 2 and summary["prior"] == []
     assert {"generation", "scoring", "optimisation", "evaluation"} <= summary["seconds"].keys()
     assert summary["peak_bytes"] >= summary["inference_peak_bytes"] > 0
-    assert len(read_json(folder / "samples.json")) == 4
+    assert len(read_json(folder / "samples.json", list)) == 4
     tuned, stored = weights_in(folder), run.engine.model.state_dict()
     assert not same(tuned, tiny_models.llama().state_dict())
     assert same({name: w.bfloat16().float() for name, w in tuned.items()}, stored)
