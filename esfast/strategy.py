@@ -22,8 +22,10 @@ DECAYS = ("l1", "l2")
 SMALLEST, LARGEST = 2.0**-149, 1e30  # of sigma and alpha: fp32's subnormals, and far from its end
 
 
-PAPER_PRODUCT = {"l1": 0.01 * 5e-4, "l2": 10.0 * 5e-4}
-"""alpha * lambda in arXiv 2605.30148."""
+PAPER_L2 = 10.0 * 5e-4
+"""alpha * lambda of l2 decay in arXiv 2605.30148."""
+PAPER_L1 = 0.01 * math.sqrt(30)
+"""lambda * sqrt(population size) of its l1 decay."""
 
 
 def real(value: object) -> float | None:
@@ -57,14 +59,16 @@ class AnchoredDecay:
         object.__setattr__(self, "weight", weight)
 
     @classmethod
-    def automatic(cls, kind: str, alpha: float) -> AnchoredDecay:
-        """The lambda at which alpha * lambda is the paper's: 5e-3 for l2, 5e-6 for l1.
+    def automatic(cls, kind: str, alpha: float, population_size: int) -> AnchoredDecay:
+        """The lambda that holds noise as strongly as the paper's (alpha 5e-4, population 30).
 
-        It is the product that decides: what a decay holds on to and how fast it acts do not change
-        where alpha and lambda do but their product does not (time constant 1 / (alpha * lambda)
-        generations for l2). ConfigError as of the constructor.
+        For l2 alpha * lambda decides, 5e-3: the time constant is 1 / (alpha * lambda) generations.
+        For l1 it is the pull over a step of the walk, lambda * sqrt(N), 0.055, whatever alpha is:
+        the time constant is 2 / (lambda^2 * N) generations (docs/forgetting.md derives both).
+        ConfigError as of the constructor.
         """
-        return cls(kind, PAPER_PRODUCT.get(kind, 0.0) / alpha)
+        weight = PAPER_L1 / math.sqrt(population_size) if kind == "l1" else PAPER_L2 / alpha
+        return cls(kind, weight)
 
     def strength(self, alpha: float) -> float:
         """1 - alpha * lambda for l2 (ConfigError where not positive), alpha * lambda for l1.

@@ -99,7 +99,7 @@ def add_strategy_flags(group: argparse._ArgumentGroup) -> None:
         type=finite_or_auto,
         default=None,
         metavar="LAMBDA",
-        help="auto: the paper's alpha * lambda (5e-3 l2, 5e-6 l1) at the alpha given",
+        help="auto: the paper's strength (l2: alpha * lambda 5e-3; l1: lambda * sqrt(N) 0.055)",
     )
     group.add_argument(
         "--anchor-model", default=None, metavar="MODEL", help="what decay pulls to; --model's own"
@@ -152,7 +152,7 @@ def strategy_of(args: argparse.Namespace) -> StrategyConfig:
         )
     decay = None
     if kind != "none" and weight == AUTO:
-        decay = AnchoredDecay.automatic(kind, args.alpha)
+        decay = AnchoredDecay.automatic(kind, args.alpha, args.population_size)
     elif kind != "none":
         decay = AnchoredDecay(kind, PAPER_LAMBDA[kind] if weight is None else weight)
     return StrategyConfig(
@@ -173,11 +173,14 @@ def told_decay(args: argparse.Namespace, strategy: StrategyConfig) -> list[str]:
     decay = strategy.decay
     if decay is None or args.weight_decay_lambda != AUTO:
         return []
-    product = strategy.alpha * decay.weight
-    return [
-        f"{decay.kind} decay with lambda {decay.weight:.6g}: alpha * lambda is {product:g}, as in "
-        f"arXiv 2605.30148, at alpha {strategy.alpha:g}"
-    ]
+    if decay.kind == "l1":
+        held = f"lambda * sqrt(N) is {decay.weight * strategy.population_size**0.5:.3g}"
+        place = f"a population of {strategy.population_size}"
+    else:
+        held = f"alpha * lambda is {strategy.alpha * decay.weight:g}"
+        place = f"alpha {strategy.alpha:g}"
+    told = f"{decay.kind} decay with lambda {decay.weight:.6g}: {held}"
+    return [f"{told}, as in arXiv 2605.30148, at {place}"]
 
 
 def config_of(args: argparse.Namespace, strategy: StrategyConfig, task: Task) -> TrainConfig:

@@ -50,9 +50,10 @@ def test_prior_tasks_from_flags_to_pictures_and_over_a_resume(flags, capsys):
     assert "--prior-size 4 (it has 3)" in capsys.readouterr().err
 
 
-def test_lambda_auto_holds_the_papers_product(flags, capsys):
+def test_lambda_auto_holds_the_papers_strength(flags, capsys):
     short = [*flags, "--generations", "1", "--prior-size", "1", "--no-plots", "--alpha", "0.02"]
-    for kind, weight in (("l2", 0.25), ("l1", 2.5e-4)):
+    short += ["--population-size", "4"]
+    for kind, weight in (("l2", 0.25), ("l1", 0.01 * math.sqrt(30 / 4))):
         decay = ["--weight-decay-type", kind, "--weight-decay-lambda", "auto"]
         assert run(*short, *decay, "--output", kind) == 0
         assert f"{kind} decay with lambda {weight:g}" in capsys.readouterr().out
