@@ -1,9 +1,9 @@
 // What a translation unit is compiled for, and the macros that the bodies are written with.
 //
-// Every header of the bodies (lanes/, noise.hpp, numeric.hpp, kernels.hpp) is compiled once a
-// target with that target's instruction-set flags, and again by nvcc. The namespace carries the
-// target's name, so that the linker never merges an AVX-512 copy of a function into the scalar
-// path.
+// Every header of the bodies (lanes/, noise.hpp, hadamard.hpp, numeric.hpp, kernels.hpp) is
+// compiled once a target with that target's instruction-set flags, and again by nvcc. The namespace
+// carries the target's name, so that the linker never merges an AVX-512 copy of a function into the
+// scalar path.
 #pragma once
 
 #include <cstdint>
