@@ -75,7 +75,8 @@ def model_folder(name_or_path: str | Path) -> Path:
 
 def _local(path: Path) -> Path:
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-        seen = "no folder" if not path.is_dir() else f"holding {_listing(path)}"
+        kind = "a file" if path.is_file() else "no folder"
+        seen = f"holding {_listing(path)}" if path.is_dir() else kind
         raise ConfigError(
             f"{path} is {seen}; expected a model's folder with config.json and *.safetensors. Save "
             f"one with model.save_pretrained and tokenizer.save_pretrained."
