@@ -324,8 +324,8 @@ def weights_of(
 ) -> Weights:
     """`Weights` over a table of this process.
 
-    anchor: the safetensors file or Hugging Face folder that decay pulls to (mapped, no resident
-    memory), True for a copy of the weights as they are now, False for none.
+    anchor: the safetensors file or Hugging Face folder that decay pulls to (mapped: resident only
+    while an update runs), True for a copy of the weights as they are now, False for none.
     """
     if isinstance(anchor, bool):
         made = Anchor.in_memory(table) if anchor else None
