@@ -16,6 +16,7 @@
 #define ESFAST_RARE(condition) __builtin_expect(condition, 0)
 #if defined(__CUDACC__)
 #define ESFAST_FN static __host__ __device__ __forceinline__
+#define ESFAST_METHOD __host__ __device__ __forceinline__
 #if defined(__CUDA_ARCH__)
 #define ESFAST_UNROLL _Pragma("unroll")
 #else
@@ -23,8 +24,10 @@
 #endif
 #elif defined(__clang__)
 #define ESFAST_FN static inline ESFAST_INLINE
+#define ESFAST_METHOD inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("unroll")
 #else
 #define ESFAST_FN static inline ESFAST_INLINE
+#define ESFAST_METHOD inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("GCC unroll 64")
 #endif

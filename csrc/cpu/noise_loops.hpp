@@ -19,12 +19,11 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(Count<B>, first counter) for batches of B * L::width counters: the target's favourite B,
-// then pairs and single ones for the rest. Only the last may reach past `counters`, by less than a
-// width.
-template <class L, class F>
+// Calls f(Count<B>, first counter) for batches of B * L::width counters, then pairs and single ones
+// for the rest. Only the last may reach past `counters`, by less than a width.
+template <class L, int B = L::batches, class F>
 ESFAST_FN void for_batches(int counters, F&& f) {
-  constexpr int W = L::width, B = L::batches, rest = B > 2 ? 2 : 1;
+  constexpr int W = L::width, rest = B > 2 ? 2 : 1;
   int c = 0;
   for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
   for (; rest < B && c + rest * W <= counters; c += rest * W) f(Count<rest>{}, c);
@@ -58,25 +57,33 @@ static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out)
   });
 }
 
-// acc = sum of c_n * eps_n in member order; the accumulators never leave the registers.
+// acc = sum of c_n * eps_n in member order, in registers. A woven target computes the normals of one
+// member beside the words of the next (of the last once more).
 template <class L>
 static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
-    constexpr int B = decltype(batches)::value;
-    typename L::f32 acc[B][4], z[B][4];
-    ESFAST_UNROLL
-    for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
-    for (int n = 0; n < count; ++n) {
-      gaussian<L, B>(members[n], counter + static_cast<uint32_t>(c), z);
-      const auto coefficient = L::setf(members[n].coefficient);
-      ESFAST_UNROLL
-      for (int b = 0; b < 4 * B; ++b)
-        acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
-    }
-    ESFAST_UNROLL
-    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
-  });
+  for_batches<L, L::woven ? L::woven : L::batches>(
+      tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
+        constexpr int B = decltype(batches)::value;
+        const uint32_t block = counter + static_cast<uint32_t>(c);
+        typename L::u32 words[B][4];
+        typename L::f32 acc[B][4], z[B][4];
+        ESFAST_UNROLL
+        for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
+        if (L::woven) philox<L, B>(members[0], block, words);
+        for (int n = 0; n < count; ++n) {
+          if constexpr (L::woven)
+            gaussian_woven<L, B>(members[n + 1 < count ? n + 1 : n], block, words, z);
+          else
+            gaussian<L, B>(members[n], block, z);
+          const auto coefficient = L::setf(members[n].coefficient);
+          ESFAST_UNROLL
+          for (int b = 0; b < 4 * B; ++b)
+            acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
+        }
+        ESFAST_UNROLL
+        for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
+      });
 }
 
 template <class L>

@@ -17,8 +17,10 @@ struct Avx2 {
   static constexpr int vectors = 2;
   static constexpr int batches = 8;
   static constexpr int pairs = 4;
+  static constexpr int woven = 0;
   static constexpr int table_bits = 3;
   static constexpr bool byte_tables = false;
+  static constexpr bool splits = false;
 
   using u32 = __m256i;
   using f32 = __m256;
@@ -45,7 +47,13 @@ struct Avx2 {
   }
   ESFAST_FN u32 low(product p) { return p.low; }
   ESFAST_FN u32 high(product p) { return _mm256_blend_epi32(shift_down(p.even), p.odd, 0xAA); }
-  ESFAST_FN u32 make_key(uint32_t a) { return set(a); }
+  ESFAST_FN u32 crossed_low(product p) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(ps(p.even), ps(p.odd), 0x88));
+  }
+  ESFAST_FN u32 crossed_high(product p) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(ps(p.even), ps(p.odd), 0xDD));
+  }
+  ESFAST_FN void pin(u32&) {}
   ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
     const u32 keyed = xor_(y, k);
     const __m256i even = _mm256_xor_si256(p.even, _mm256_slli_epi64(keyed, 32));
@@ -135,7 +143,7 @@ struct Avx2 {
   ESFAST_FN f32 as_float(u32 a) { return _mm256_castsi256_ps(a); }
   ESFAST_FN u32 as_bits(f32 f) { return _mm256_castps_si256(f); }
   ESFAST_FN f32 setf(float a) { return _mm256_set1_ps(a); }
-  ESFAST_FN f32 make_constant(float a) { return setf(a); }
+  ESFAST_FN f32 fma_constant(f32 a, f32 b, float c) { return fma(a, b, setf(c)); }
   ESFAST_FN f32 loadf(const float* p) { return _mm256_loadu_ps(p); }
   ESFAST_FN void storef(float* p, f32 a) { _mm256_storeu_ps(p, a); }
   ESFAST_FN f32 from_int(u32 a) { return _mm256_cvtepi32_ps(a); }

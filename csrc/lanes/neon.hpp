@@ -17,8 +17,10 @@ struct Neon {
   static constexpr int vectors = 2;
   static constexpr int batches = 2;
   static constexpr int pairs = 2;
+  static constexpr int woven = 0;
   static constexpr int table_bits = 4;
   static constexpr bool byte_tables = false;
+  static constexpr bool splits = false;
 
   using u32 = uint32x4_t;
   using f32 = float32x4_t;
@@ -42,7 +44,9 @@ struct Neon {
   }
   ESFAST_FN u32 low(product p) { return vuzp1q_u32(p.first, p.second); }
   ESFAST_FN u32 high(product p) { return vuzp2q_u32(p.first, p.second); }
-  ESFAST_FN u32 make_key(uint32_t a) { return vdupq_n_u32(a); }
+  ESFAST_FN u32 crossed_low(product p) { return low(p); }
+  ESFAST_FN u32 crossed_high(product p) { return high(p); }
+  ESFAST_FN void pin(u32&) {}
   ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
     const uint32x4_t keyed = xor_(y, k), zero = vdupq_n_u32(0);
     const uint32x4_t first = veorq_u32(p.first, vzip1q_u32(zero, keyed));
@@ -130,7 +134,7 @@ struct Neon {
   ESFAST_FN f32 as_float(u32 a) { return vreinterpretq_f32_u32(a); }
   ESFAST_FN u32 as_bits(f32 f) { return vreinterpretq_u32_f32(f); }
   ESFAST_FN f32 setf(float a) { return vdupq_n_f32(a); }
-  ESFAST_FN f32 make_constant(float a) { return setf(a); }
+  ESFAST_FN f32 fma_constant(f32 a, f32 b, float c) { return fma(a, b, setf(c)); }
   ESFAST_FN f32 loadf(const float* p) { return vld1q_f32(p); }
   ESFAST_FN void storef(float* p, f32 a) { vst1q_f32(p, a); }
   ESFAST_FN f32 from_int(u32 a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }

@@ -19,8 +19,10 @@ struct Scalar {
   static constexpr int vectors = 1;  // of weights loaded, rounded and stored together
   static constexpr int batches = 1;  // of counters in flight: one alone waits for its multiplies
   static constexpr int pairs = 1;    // of normals computed in step
+  static constexpr int woven = 0;    // batches whose Philox is woven with other normals; 0: none
   static constexpr int table_bits = 8;
   static constexpr bool byte_tables = false;
+  static constexpr bool splits = false;  // a float in fewer operations than noise.hpp does
 
   using u32 = uint32_t;
   using f32 = float;
@@ -39,7 +41,10 @@ struct Scalar {
   }
   ESFAST_FN u32 low(product p) { return static_cast<uint32_t>(p); }
   ESFAST_FN u32 high(product p) { return static_cast<uint32_t>(p >> 32); }
-  ESFAST_FN u32 make_key(uint32_t a) { return a; }
+  // As low and high, but of lanes 4q + 0, 2, 1, 3 where that is cheaper; twice gives lane order.
+  ESFAST_FN u32 crossed_low(product p) { return low(p); }
+  ESFAST_FN u32 crossed_high(product p) { return high(p); }
+  ESFAST_FN void pin(u32&) {}  // keeps the compiler from moving what makes it past other pins
   ESFAST_FN sum64 accumulate(sum64 sum, product p, u32 y, u32 k) {
     return sum + (p ^ (static_cast<uint64_t>(y ^ k) << 32));
   }
@@ -122,7 +127,7 @@ struct Scalar {
     return a;
   }
   ESFAST_FN f32 setf(float a) { return a; }
-  ESFAST_FN f32 make_constant(float a) { return a; }
+  ESFAST_FN f32 fma_constant(f32 a, f32 b, float c) { return fma(a, b, c); }
   ESFAST_FN f32 loadf(const float* p) { return *p; }
   ESFAST_FN void storef(float* p, f32 a) { *p = a; }
   ESFAST_FN f32 from_int(u32 a) { return static_cast<float>(static_cast<int32_t>(a)); }

@@ -267,12 +267,14 @@ std::vector<double> radius_arguments() {
     const uint32_t bits = Scalar::as_bits(Scalar::from_int(static_cast<uint32_t>(word)));
     if (bits == before) continue;  // integers beyond 2^24 share floats
     before = bits;
-    const uint32_t words[1] = {static_cast<uint32_t>(word)};
-    float t[1];
-    radius<Seen, 1>(words, t);
-    if (!(t[0] >= 0.0f)) ++wrong;
-    if (t[0] != 0.0f && t[0] < least) least = t[0];
-    if (t[0] > most) most = t[0];
+    const uint32_t words[1][4] = {{static_cast<uint32_t>(word), 0, 0x7FFFFFFFu, 0}};
+    float z[1][4];
+    NormalsJob<Seen, 1> job(words, z);
+    run_steps(job);
+    const float t = job.q.r[0];  // a radius not yet rooted
+    if (!(t >= 0.0f)) ++wrong;
+    if (t != 0.0f && t < least) least = t;
+    if (t > most) most = t;
   }
   return {least, most, wrong};
 }
