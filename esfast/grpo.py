@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from esfast.bounds import require_between, require_whole
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.errors import ConfigError, EsfastError
 from esfast.held_out import HeldOut
@@ -38,9 +39,11 @@ from esfast.measure import (
     SETUP,
     Clock,
 )
+from esfast.members import whole
 from esfast.progress import GenerationReport
 from esfast.resources import readable, require_memory
 from esfast.run_folder import RunFolder
+from esfast.strategy import real
 from esfast.tasks.base import Example, Score, Task
 from esfast.training_run import TrainingRun, TrainResult
 
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from esfast.engines.transformers import TransformersEngine
 
 CHECKPOINTS = "checkpoints"
+COMPUTE_DTYPES = ("float32", "bfloat16")
+MOST_RATE, MOST_BETA = 1.0, 1000.0
+MOST_ROWS = 10_000_000  # of TRL's data set, 60 bytes each while it is made
 BESIDE = 3  # copies of the weights beside them: gradients, and AdamW's two moments
 
 
@@ -82,18 +88,46 @@ class GrpoConfig:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("generations", "prompts", "iterations", "micro_batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        self._check_counts()
+        self._check_numbers()
+        if self.sampling.greedy:
+            raise ConfigError(
+                "temperature is 0, and a group of greedy completions is one completion; expected "
+                "a temperature above 0, such as 1."
+            )
+
+    def _check_counts(self) -> None:
+        counts = ("generations", "prompts", "group_size", "iterations", "micro_batch")
+        require_whole(self, 1, *counts, "eval_every", "eval_size")
+        require_whole(self, 0, "checkpoint_every")
         if self.group_size < 2:
             raise ConfigError(
                 f"group_size is {self.group_size}; expected 2 or more: a completion is judged by "
                 "the others of its group."
             )
-        if self.sampling.greedy:
+        if self.generations * self.prompts > MOST_ROWS:
             raise ConfigError(
-                "temperature is 0, and a group of greedy completions is one completion; expected "
-                "a temperature above 0, such as 1."
+                f"generations * prompts is {self.generations} * {self.prompts}; expected "
+                f"{MOST_ROWS} at most: TRL is given a row for each."
+            )
+        seed = whole(self.seed)
+        if seed is None or not 0 <= seed < 2**64:
+            raise ConfigError(f"seed is {self.seed!r}; expected an integer from 0 to 2**64 - 1.")
+
+    def _check_numbers(self) -> None:
+        rate = f"0 to {MOST_RATE:g}: AdamW moves each weight by about as much a step"
+        require_between(self, "learning_rate", 0.0, MOST_RATE, rate)
+        beta = f"0 (no KL term) to {MOST_BETA:g}: advantages are of the order of 1"
+        require_between(self, "beta", 0.0, MOST_BETA, beta)
+        epsilon = real(self.epsilon)
+        if epsilon is None or not 0.0 < epsilon < 1.0:
+            raise ConfigError(
+                f"epsilon is {self.epsilon!r}; expected more than 0 and less than 1: ratios are "
+                "clipped to 1 - epsilon and 1 + epsilon."
+            )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(
+                f"compute_dtype is {self.compute_dtype!r}; expected {' or '.join(COMPUTE_DTYPES)}."
             )
 
     @property
@@ -104,7 +138,8 @@ class GrpoConfig:
     @property
     def rows(self) -> int:
         """Completions a pass: the largest number up to `micro_batch` that divides them all."""
-        return max(n for n in range(1, self.micro_batch + 1) if self.completions % n == 0)
+        most = min(self.micro_batch, self.completions)
+        return next(n for n in range(most, 0, -1) if self.completions % n == 0)
 
     def mixed(self, model: Any) -> bool:
         """Whether matrix products are taken in bfloat16 over float32 weights."""

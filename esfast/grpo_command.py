@@ -15,7 +15,7 @@ import torch
 
 from esfast.checkpoint import LoadedModel, save_model
 from esfast.engines.base import Sampling
-from esfast.grpo import CHECKPOINTS, GrpoConfig, GrpoRun
+from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
 from esfast.loggers import LOGGERS, make_loggers, require_packages
 from esfast.measure import Clock
@@ -65,7 +65,10 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="trained, and saved")
     group.add_argument(
-        "--compute-dtype", choices=DTYPES, default="float32", help="of products of float32 weights"
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        default="float32",
+        help="of products of float32 weights",
     )
     group.add_argument("--device", default="cpu", help="where the model lives")
     group.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from esfast.bounds import require_whole
 from esfast.engines.base import Completion, Engine, Sampling
 from esfast.engines.fleet import Fleet
-from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal_format import GENERATION, GenerationRecord, decode, encode
 from esfast.launch.workers import Alone, Workers
@@ -46,11 +46,9 @@ class TrainConfig:
     snapshot_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("generations", "prompts", "eval_every", "eval_size", "checksum_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if self.snapshot_every < 0:
-            raise ConfigError(f"snapshot_every is {self.snapshot_every}; expected 0 or more.")
+        counts = ("generations", "prompts", "eval_every", "eval_size", "checksum_every")
+        require_whole(self, 1, *counts)
+        require_whole(self, 0, "snapshot_every")
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,11 @@ class AnchoredDecay:
         if self.kind not in DECAYS:
             raise ConfigError(f"decay {self.kind!r} is unknown; choose one of {', '.join(DECAYS)}.")
         weight = real(self.weight)
-        if weight is None or weight < 0:
-            raise ConfigError(f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more.")
+        if weight is None or not 0 <= weight < LARGEST:
+            raise ConfigError(
+                f"the decay's weight (lambda) is {self.weight!r}; it is 0 or more, and below "
+                f"{LARGEST:g}."
+            )
         object.__setattr__(self, "weight", weight)
 
     @classmethod
@@ -71,15 +74,19 @@ class AnchoredDecay:
         return cls(kind, weight)
 
     def strength(self, alpha: float) -> float:
-        """1 - alpha * lambda for l2 (ConfigError where not positive), alpha * lambda for l1.
-
-        The core rounds it to fp32.
+        """1 - alpha * lambda for l2 (ConfigError where not positive), alpha * lambda for l1
+        (ConfigError where fp32 is left). The core rounds it to fp32.
         """
         product = alpha * self.weight
         if self.kind == "l2" and not product < 1:
             raise ConfigError(
                 f"alpha * lambda is {alpha:g} * {self.weight:g} = {product:g}; l2 decay needs it "
                 "below 1, or the weights would jump past their anchor. Lower lambda or alpha."
+            )
+        if not product < LARGEST:
+            raise ConfigError(
+                f"alpha * lambda is {alpha:g} * {self.weight:g} = {product:g}; expected below "
+                f"{LARGEST:g}, or fp32 could not hold it. Lower lambda or alpha."
             )
         return 1 - product if self.kind == "l2" else product
 

@@ -23,7 +23,7 @@ from esfast.rollout import TrainConfig
 from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
 from esfast.tasks import Task, make_task
-from esfast.tasks.reward_pool import GIB, Limits
+from esfast.tasks.reward_pool import Limits
 from esfast.weights import MEMORIES, MOST_THREADS
 
 LAUNCHERS = ("auto", "ray")
@@ -219,7 +219,7 @@ def task_of(args: argparse.Namespace) -> Task:
             "failure_reward": args.failure_reward,
         }
     elif name.startswith("reasoning_gym"):
-        memory = None if args.reward_memory is None else int(args.reward_memory * GIB)
+        memory = Limits.bytes_of(args.reward_memory)
         options["limits"] = Limits(args.reward_timeout, args.reward_workers, memory)
     return make_task(name, **options)
 

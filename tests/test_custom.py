@@ -126,3 +126,25 @@ def test_prompts_both_trained_and_held_out_are_refused(rewards):
         make_task("custom", reward="my_rewards:told", data=rewards, eval_data=rewards)
     with pytest.raises(DataError, match="cannot read nowhere"):
         make_task("custom", reward="my_rewards:told", data="nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"failure_reward": 1e300},
+            "failure_reward is 1e[+]300; expected a finite number, 1e[+]30",
+        ),
+        (
+            {"timeout": 1e308},
+            "reward timeout is 1e[+]308 s; expected more than 0 and at most 1e[+]06",
+        ),
+        ({"timeout": 0}, "reward timeout is 0 s"),
+        ({"memory": 1e308}, "reward memory is 1e[+]308 GiB; expected 0 .no limit. to 1048576"),
+        ({"memory": -1}, "reward memory is -1 GiB"),
+        ({"workers": 0}, "reward workers is 0"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(rewards, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        make_task("custom", reward="my_rewards:length", data=rewards, **changes)

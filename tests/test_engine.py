@@ -281,7 +281,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": -1}, "temperature"),
-         ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
+         ({"temperature": float("nan")}, "temperature"), ({"temperature": "1"}, "temperature"),
+         ({"temperature": 1e308}, "temperature is 1e[+]308; expected 0 .greedy., or 1e-06 to 1000"),
+         ({"temperature": 1e-45}, "temperature is 1e-45"), ({"max_new_tokens": 2.5}, "2.5"),
+         ({"max_new_tokens": 2**31}, "at most 2147483647"), ({"top_p": 0}, "top_p"),
          ({"top_p": 1.5}, "top_p"), ({"stop": "text"}, "tuple"), ({"stop": ("",)}, "non-empty")],
     )  # fmt: skip
     def test_sampling(self, changes: dict[str, Any], said: str) -> None:

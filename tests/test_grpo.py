@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def test_a_learning_rate_of_zero_leaves_every_bit(tmp_path):
 
 
 def test_a_run_that_diverges_says_so_and_saves_nothing(tmp_path):
-    run = make_run(tmp_path / "run", learning_rate=1e30)
+    run = make_run(tmp_path / "run")
+    object.__setattr__(run.config, "learning_rate", 1e30)
     with pytest.raises(EsfastError, match="Lower --learning-rate"):
         run.run()
     assert not (tmp_path / "run" / "model").exists()
@@ -308,6 +310,21 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_no_torn_model(tmp_path, monkeyp
         ({"group_size": 1}, "judged by the others"),
         ({"generations": 0}, "generations is 0"),
         ({"sampling": Sampling(4)}, "temperature is 0"),
+        ({"generations": 2.5}, "generations is 2.5"),
+        ({"prompts": 10**9}, "generations \\* prompts is"),
+        ({"eval_size": 0}, "eval_size is 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": -1}, "seed is -1"),
+        ({"learning_rate": 1e308}, "learning_rate is 1e[+]308; expected 0 to 1"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": "1e-5"}, "learning_rate is '1e-5'"),
+        ({"beta": 1e308}, "beta is 1e[+]308"),
+        ({"beta": -0.1}, "beta is -0.1"),
+        ({"epsilon": 2.0}, "epsilon is 2.0; expected more than 0 and less than 1"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'; expected float32 or bfloat16"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, said):
@@ -318,6 +335,13 @@ def test_settings_that_cannot_be_are_refused(changes, said):
 def test_rows_of_a_pass_divide_the_completions():
     config = GrpoConfig(Sampling(4, temperature=1.0), prompts=5, group_size=6, micro_batch=16)
     assert config.rows == 15 and config.completions % config.rows == 0
+    assert replace(config, micro_batch=2**31 - 1).rows == 30
+
+
+def test_settings_at_their_ends_are_taken():
+    ends = {"learning_rate": 1, "beta": 1000, "epsilon": 0.999, "seed": 2**64 - 1}
+    config = GrpoConfig(Sampling(4, temperature=1e3), group_size=np.int64(2), **ends)
+    assert (config.learning_rate, config.beta, type(config.group_size)) == (1.0, 1000.0, int)
 
 
 def test_es_keeps_the_same_account(tmp_path):

@@ -184,7 +184,7 @@ def test_a_setting_of_the_wrong_kind_is_told_by_name(setting: str, value: object
         StrategyConfig(**settings)
 
 
-@pytest.mark.parametrize("weight", ["x", None, True, 10**400])
+@pytest.mark.parametrize("weight", ["x", None, True, 10**400, 1e308, -1.0, math.nan])
 def test_a_decay_of_no_number_is_told(weight: object) -> None:
     with pytest.raises(ConfigError, match="lambda"):
         AnchoredDecay("l2", weight)  # type: ignore[arg-type]

@@ -288,3 +288,7 @@ def test_one_name_twice_is_refused():
         priors(FEW, "a", "a")
     with pytest.raises(ConfigError, match="temperature"):
         PriorSettings(temperature=0.0)
+    with pytest.raises(ConfigError, match=r"prior temperature is 1e\+308; expected 1e-06 to 1000"):
+        PriorSettings(temperature=1e308)
+    with pytest.raises(ConfigError, match="prior samples is -1; expected a whole number, 0 or"):
+        PriorSettings(samples=-1)

@@ -216,6 +216,13 @@ def test_settings_below_one_are_refused(setting):
         TrainConfig(StrategyConfig(), Sampling(4), **{setting: 0})
 
 
+@pytest.mark.parametrize("value", [2.5, True, "3", None, 2**31, -1])
+@pytest.mark.parametrize("setting", ["generations", "snapshot_every"])
+def test_settings_that_are_no_count_are_told_by_name(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting} is {value!r}; expected a whole number"):
+        TrainConfig(StrategyConfig(), Sampling(4), **{setting: value})
+
+
 def test_plots_are_drawn_from_the_folder(tmp_path):
     make_trainer(tmp_path).run()
     pictures = draw_run(tmp_path / "run")

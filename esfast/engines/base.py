@@ -12,12 +12,13 @@ Contract:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
+from esfast.bounds import require_between, require_whole
 from esfast.errors import ConfigError
+from esfast.strategy import real
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,9 @@ Message: TypeAlias = Mapping[str, str]
 
 Prompt: TypeAlias = str | Sequence[Message]
 """What the user says (one message), or a whole conversation that ends before the answer."""
+
+COLDEST, HOTTEST = 1e-6, 1e3
+"""Temperatures of sampling: below, logits over it leave fp32; above, every token is as likely."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse what no engine could do."""
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ConfigError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or a finite number above."
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        require_whole(self, 1, "max_new_tokens")
+        if real(self.temperature) != 0.0:
+            expected = f"0 (greedy), or {COLDEST:g} to {HOTTEST:g}"
+            require_between(self, "temperature", COLDEST, HOTTEST, expected)
+        top_p = real(self.top_p)
+        if top_p is None or not 0.0 < top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p!r}; expected more than 0 and at most 1.")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise ConfigError(
                 f"stop is {self.stop!r}; expected a tuple of non-empty texts, such as ('\\n',)."

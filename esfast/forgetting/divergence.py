@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from esfast.bounds import require_whole
 from esfast.engines.base import Prompt, Sampling
-from esfast.errors import ConfigError, DataError
+from esfast.errors import DataError
 from esfast.forgetting.intervals import Estimate, mean_of, ratio_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ class SampleSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "samples_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        require_whole(self, 1, "max_new_tokens", "samples_per_prompt")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from esfast.engines.base import Completion, Engine, Sampling
+from esfast.bounds import require_between, require_whole
+from esfast.engines.base import COLDEST, HOTTEST, Completion, Engine, Sampling
 from esfast.errors import ConfigError, DataError
 from esfast.prior.scores import Estimate, PriorScore, outcome
 from esfast.run_folder import append_line
@@ -52,16 +53,10 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
-        for name, least in (("every", 1), ("size", 1), ("samples", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"prior {name} is {getattr(self, name)}; expected {least} or more."
-                )
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"the temperature of prior samples is {self.temperature}; expected more than 0 "
-                "(greedy answers are scored in any case)."
-            )
+        require_whole(self, 1, "every", "size", what="prior ")
+        require_whole(self, 0, "samples", what="prior ")
+        expected = f"{COLDEST:g} to {HOTTEST:g} (greedy answers are scored in any case)"
+        require_between(self, "temperature", COLDEST, HOTTEST, expected, what="prior ")
 
 
 class PriorTask(Protocol):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
-from esfast.tasks.base import Example, Score
+from esfast.tasks.base import LARGEST_REWARD, Example, Score, is_reward
 from esfast.tasks.draws import digest_int, held_out_keys
 from esfast.tasks.json_lines import prompt_of, read_rows
-from esfast.tasks.reward_pool import GIB, Limits, PooledTask, RewardPool
+from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
 
 HELD_OUT_SHARE = 0.2
 
@@ -53,7 +53,12 @@ class Custom(PooledTask):
         """
         if not reward or data is None:
             raise ConfigError("a task of your own needs both --reward module:function and --data.")
-        limits = Limits(timeout, workers, None if memory is None else int(memory * GIB))
+        if not is_reward(failure_reward):
+            raise ConfigError(
+                f"failure_reward is {failure_reward!r}; expected a finite number, "
+                f"{LARGEST_REWARD:g} at most in size."
+            )
+        limits = Limits(timeout, workers, Limits.bytes_of(memory))
         train = _examples(Path(data))
         if evaluation_only:
             train, held_out = [], train

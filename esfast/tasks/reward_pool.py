@@ -27,12 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from esfast.bounds import require_whole
 from esfast.errors import ConfigError
 from esfast.resources import available_memory, readable
+from esfast.strategy import real
 from esfast.tasks.base import Example, Pending, PoolTask, Score
 
 GIB = 1 << 30
 START_SECONDS = 120.0
+LONGEST = 1e6  # seconds: 11 days; waits and timers end at 9e9
+MOST_GIB = 1 << 20
 """How long importing the user's module may take; a heavy library needs tens of seconds."""
 LONGEST_REPLY = 1 << 16  # bytes; a reply has a number and a feedback, and is cut at 500 characters
 
@@ -53,11 +57,30 @@ class Limits:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0 or self.workers < 1 or (self.memory or 0) < 0:
+        timeout = real(self.timeout)
+        if timeout is None or not 0 < timeout <= LONGEST:
             raise ConfigError(
-                f"reward timeout {self.timeout} s, {self.workers} workers and {self.memory} bytes; "
-                "expected more than 0 s, at least 1 worker, and 0 bytes (no limit) or more."
+                f"reward timeout is {self.timeout!r} s; expected more than 0 and at most "
+                f"{LONGEST:g}."
             )
+        require_whole(self, 1, "workers", what="reward ")
+        if self.memory is not None and not 0 <= self.memory <= MOST_GIB * GIB:
+            raise ConfigError(
+                f"reward memory is {self.memory!r} bytes; expected 0 (no limit) to "
+                f"{MOST_GIB * GIB}, or None."
+            )
+
+    @staticmethod
+    def bytes_of(gib: float | None) -> int | None:
+        """The field `memory` from GiB. Raises ConfigError."""
+        if gib is None:
+            return None
+        value = real(gib)
+        if value is None or not 0 <= value <= MOST_GIB:
+            raise ConfigError(
+                f"reward memory is {gib!r} GiB; expected 0 (no limit) to {MOST_GIB}, or None."
+            )
+        return int(value * GIB)
 
     def bytes_each(self) -> int:
         """Of one process: without a limit given, all together take a quarter of what is available,
