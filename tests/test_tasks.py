@@ -199,6 +199,16 @@ def test_reasoning_gym_scorers_that_evaluate_never_see_code(cache, dataset, tmp_
     assert task.safe_score(example, f"<answer>{example.data['answer']}</answer>").value == 1.0
 
 
+def test_importing_reasoning_gym_is_no_answers_time(tmp_path, monkeypatch):
+    """It takes 5 s, more on a busy machine, and an answer has 10: the start's limit is 120."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reasoning_gym.py").write_text("open('imported', 'w')")
+    pool = RewardPool(f"{SCORER}:score", Limits())
+    pool.require_loads()
+    pool.close()
+    assert Path("imported").exists()
+
+
 def test_reasoning_gym_names_its_data_sets_and_options(cache):
     with pytest.raises(ConfigError, match=r"no data set 'nim'.*countdown"):
         make_task("reasoning_gym:nim")

@@ -1,8 +1,9 @@
 """reasoning-gym's scorers behind `reward_process`: they are somebody else's code, and some evaluate
 the answer, so they run in processes of their own, under the limits of a user's reward function.
 
-It is loaded by path there: the standard library and reasoning_gym alone, no torch. Problems travel
-as JSON, in which tuples, and mappings whose keys are no texts, are marked.
+It is loaded by path there: the standard library and reasoning_gym alone, no torch. Importing that
+takes 5 s and more, so it is part of the process's start, not of the first answer's time. Problems
+travel as JSON, in which tuples, and mappings whose keys are no texts, are marked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from typing import Any
+
+if __name__ == "reward_file":  # as `reward_process.load` names it; the run itself needs no scorers
+    import reasoning_gym
 
 TUPLE, PAIRS = "__tuple__", "__pairs__"
 
@@ -25,8 +29,6 @@ def score(example: dict[str, Any], completion: str) -> float:
 
 @lru_cache(maxsize=4)
 def _dataset(name: str, config: str) -> Any:
-    import reasoning_gym
-
     return reasoning_gym.create_dataset(name, **json.loads(config))
 
 
