@@ -107,6 +107,10 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
         raise ConfigError(f"--{flag} is of a single task; give a sequence with --tasks A,B,C.")
     if args.anchor == "stage" and args.anchor_model is not None:
         raise ConfigError("--anchor stage and --anchor-model are two anchors; leave one out.")
+    if args.anchor == "stage" and args.weight_decay_type == "none":
+        raise ConfigError(
+            "--anchor stage needs --weight-decay-type l1 or l2: without decay nothing pulls to it."
+        )
     sources, counts = _sources(args.tasks), _counts(args)
     folder = folder_for(args.output, "continual")
     stages = plan(folder, sources, counts)

@@ -53,7 +53,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="MODEL", help="the run's --model")
-    parser.add_argument("--anchor-model", default=None, metavar="MODEL", help="the run's, if any")
+    parser.add_argument(
+        "--anchor-model", default=None, metavar="MODEL", help="the run's --anchor-model"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")
@@ -67,6 +69,11 @@ def run_replay(args: argparse.Namespace) -> int:
     until = done if args.until is None else args.until
     if not 0 <= until <= done:
         raise ConfigError(f"--until is {until}, and the journal holds generations 0 to {done}.")
+    if args.anchor_model is not None and journal.header.config.decay is None:
+        raise ConfigError(
+            f"the run of {args.journal} has no weight decay, so nothing pulls to --anchor-model "
+            f"{args.anchor_model}; leave it out."
+        )
     require_free(Path(args.output))  # replacing a model could replace the base itself
     if journal.torn is not None:
         _say(console, journal.torn)

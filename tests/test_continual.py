@@ -261,6 +261,10 @@ REFUSED = {
         "two anchors",
     ),
     "an anchor without decay": (["--tasks", "arithmetic", "--anchor-model", "m"], "without decay"),
+    "a stage's anchor without decay": (
+        ["--tasks", "arithmetic", "--anchor", "stage"],
+        "--anchor stage needs --weight-decay-type l1 or l2",
+    ),
     "a folder in use": (["--tasks", "arithmetic", "--output", "used"], "used is there already"),
     "a sequence that is not there": (["--resume", "nowhere"], "cannot read nowhere"),
     "other flags on resuming": (["--resume", "used", "--sigma", "1"], "leave out --sigma"),

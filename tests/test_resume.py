@@ -269,6 +269,9 @@ def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd, tmp_path):
     assert run(*flags, "--generations", "1", "--output", "run") == 0
     tiny_models.llama(seed=1, **SMALLER).save_pretrained("other")
     tiny_models.byte_tokenizer().save_pretrained("other")
+    free = [*flags, "--weight-decay-type", "none"]
+    assert run(*free, "--generations", "1", "--output", "free") == 0
+    assert run("export-adapter", "free", "-o", "free.esj") == 0
     Path("text").write_text("no journal")
     base = ["--base", str(tiny_model), "--output", "out"]
     cases = [
@@ -279,6 +282,11 @@ def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd, tmp_path):
         (["replay", "run", "--base", "nowhere/at all", "--output", "out"], "no model folder"),
         (["apply", "text", *base], "is no journal"),
         (["replay", "run", "--base", str(tiny_model), "--output", "other"], "is there already"),
+        (
+            ["replay", "free", *base, "--anchor-model", "other"],
+            "the run of free has no weight decay",
+        ),
+        (["apply", "free.esj", *base, "--anchor-model", "no/such"], "so nothing pulls to"),
         (["export-adapter", "text", "-o", "out"], "is no journal"),
         (["export-adapter", "run", "-o", "no/folder/x"], "cannot write"),
     ]
