@@ -293,8 +293,8 @@ CYCLES = """
     torch.manual_seed(0)
     model = torch.nn.Linear(1500, 1500).to(torch.bfloat16)
     es = esfast.EvolutionStrategy(model, sigma=0.05, population_size=100000, memory=sys.argv[1])
-    print(es.weights.checksum(), flush=True)
     try:
+        print(es.weights.checksum(), flush=True)  # inside: from here on the signal may come
         for member in es.population():
             pass
     except KeyboardInterrupt:
