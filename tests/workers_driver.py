@@ -47,7 +47,7 @@ class Numbers(NumberEngine):
         if self.act == "kill" and self.last and sampling.seed == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.act == "slow" and self.rank == 1:
-            time.sleep(0.02)
+            time.sleep(0.1)
         return super().generate(prompts, sampling)
 
 
