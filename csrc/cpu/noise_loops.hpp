@@ -57,8 +57,8 @@ static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out)
   });
 }
 
-// acc = sum of c_n * eps_n in member order, in registers. A woven target computes the normals of one
-// member beside the words of the next (of the last once more).
+// acc = sum of c_n * eps_n in member order, in registers. A woven target computes the normals of
+// one member beside the words of the next (of the last once more).
 template <class L>
 static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
