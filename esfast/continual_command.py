@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rich.console import Console
 from esfast import continual_plots
 from esfast.continual import Stage, chain_of, handed_on, plan, results
 from esfast.continual.stages import CONTINUAL, SEEDS_A_STAGE
-from esfast.errors import ConfigError, DataError
+from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.loggers import require_packages
 from esfast.models import load_model
 from esfast.parameters import ParameterTable
@@ -85,7 +86,7 @@ def run_continual(args: argparse.Namespace) -> int:
     sequence = _begun(args) if args.resume is None else _taken_up(args)
     for stage in sequence.stages:
         if not stage.finished:
-            code = _run_stage(sequence, stage)
+            code = _started(sequence, stage, new=args.resume is None)
             _write(sequence, "stopped" if code else "running")
             if code:
                 return code
@@ -160,6 +161,18 @@ def _require_chain(sequence: TaskSequence) -> None:
             f"{last.model} has weights with checksum {seen}, and {last.folder} ended with "
             f"{links[-1]['end_checksum']}: it was changed since. Restore it with esfast replay."
         )
+
+
+def _started(sequence: TaskSequence, stage: Stage, new: bool) -> int:
+    """`_run_stage`; a `new` sequence that is refused before any stage has a folder leaves none."""
+    try:
+        return _run_stage(sequence, stage)
+    except EsfastError:
+        if new and not any(one.folder.exists() for one in sequence.stages):
+            (sequence.folder / CONTINUAL).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                sequence.folder.rmdir()
+        raise
 
 
 def _run_stage(sequence: TaskSequence, stage: Stage) -> int:

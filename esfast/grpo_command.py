@@ -21,6 +21,7 @@ from esfast.loggers import LOGGERS, make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.models import DEFAULT_MODEL, load_model
 from esfast.prior import PriorTasks
+from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance, version
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
@@ -130,6 +131,7 @@ def _train(
         description, changes = past.described(description), past.changes
         done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
     loaded, engine = _model(args)
+    require_prompts_fit(engine, task, Dealt(config, config.seed), prior)
     run = GrpoRun(
         engine,
         task,

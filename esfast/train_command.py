@@ -16,6 +16,7 @@ from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.opening import Opened, open_engine
 from esfast.prior import PriorTasks
+from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance
 from esfast.ray_command import open_fleet, require_launcher
 from esfast.replay import catch_up
@@ -90,6 +91,7 @@ def _train(
         description = past.described(description)
     opened = _opened(args, output)
     with closing(opened.engine):
+        require_prompts_fit(opened.engine, task, Dealt(config, config.strategy.seed), prior)
         trainer = Trainer(
             opened.engine,
             task,

@@ -249,7 +249,7 @@ def test_a_stop_text_ends_an_answer(engine: Any, weights: Any) -> None:
 
 
 def test_what_is_refused(engine: Any, weights: Any, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prompt 1 has .* context holds 512"):
+    with pytest.raises(ConfigError, match=r"prompt 1 \(.* has .* context holds 512"):
         engine.generate(["a", LONG + LONG], SHORT)
     with pytest.raises(EsfastError, match="no call 'nothing'"):
         engine._call("nothing")

@@ -129,6 +129,21 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """An engine that can tell, without generating, whether prompts fit the model's context."""
+
+    def require_room(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
+    ) -> int | None:
+        """Tokens that the longest of the prompts, with its answer, leaves of the context; None for
+        a model without one. kind: what the prompts are, for the message.
+
+        Raises ConfigError and DataError as `Engine.generate` does.
+        """
+        ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """An engine that has processes of its own, whose memory counts."""
 

@@ -101,22 +101,37 @@ def make_plan(rows: Sequence[list[int]], batch_size: int, pad: int, share_prefix
     return Plan(prefix, tuple(batches), tuple(len(row) for row in rows))
 
 
-def require_room(plan: Plan, new_tokens: int, context: int | None) -> None:
-    """Raise ConfigError, naming the prompt, unless all prompts and answers fit the context."""
-    require_length(plan.lengths, new_tokens, context)
+def require_length(
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    new_tokens: int,
+    context: int | None,
+    kind: str = "prompt",
+) -> int | None:
+    """Tokens that the longest prompt and its answer leave of the context, None without one.
 
-
-def require_length(lengths: Sequence[int], new_tokens: int, context: int | None) -> None:
-    """The same for prompts of these lengths in tokens."""
+    lengths: of the prompts in tokens; kind: what they are. Raises ConfigError, naming the longest,
+    unless all fit.
+    """
+    if context is None:
+        return None
     longest = max(lengths)
-    if context is None or longest + new_tokens <= context:
-        return
+    if longest + new_tokens <= context:
+        return context - longest - new_tokens
     at = lengths.index(longest)
     raise ConfigError(
-        f"prompt {at} has {longest} tokens; with max_new_tokens={new_tokens} it needs "
-        f"{longest + new_tokens}, and the model's context holds {context}. Shorten the prompt "
-        f"or lower max_new_tokens."
+        f"{kind} {at} ({first_words(prompts[at])!r}) has {longest} tokens; with max_new_tokens="
+        f"{new_tokens} it needs {longest + new_tokens}, and the model's context holds {context}. "
+        "Shorten the prompt or leave it out, lower max_new_tokens (--max-new-tokens), or take a "
+        "model with a longer context."
     )
+
+
+def first_words(prompt: Prompt) -> str:
+    """How a prompt begins, in one line of 50 characters at most; of messages, the last one."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    words = " ".join(text[:1000].split())
+    return words if len(words) <= 50 else f"{words[:47]}..."
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:

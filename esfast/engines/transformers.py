@@ -105,12 +105,22 @@ class TransformersEngine:
         if len(prompts) == 0:
             return []
         plan = self._plan(prompts)
-        context = getattr(self._config, "max_position_embeddings", None)
-        prompting.require_room(plan, sampling.max_new_tokens, context)
+        prompting.require_length(prompts, plan.lengths, sampling.max_new_tokens, self._context())
         with self._generating():
             completions = Decoder(self.model, self.tokenizer, self._ends, sampling).run(plan)
         self._tokens_generated += sum(completion.tokens for completion in completions)
         return completions
+
+    def require_room(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
+    ) -> int | None:
+        """As `esfast.engines.base.Bounded` says."""
+        lengths = [len(row) for row in self.token_ids(prompts)]
+        return prompting.require_length(prompts, lengths, max_new_tokens, self._context(), kind)
+
+    def _context(self) -> int | None:
+        context: int | None = getattr(self._config, "max_position_embeddings", None)
+        return context
 
     def token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens that `generate` reads for each prompt, template and special ones included.

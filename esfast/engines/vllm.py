@@ -141,7 +141,7 @@ class VLLMEngine:
         if len(prompts) == 0:
             return []
         rows = self._rows(prompts)
-        prompting.require_length(rows.lengths, sampling.max_new_tokens, self._context())
+        prompting.require_length(prompts, rows.lengths, sampling.max_new_tokens, self._context())
         outputs = self._run(
             rows.prompts, [self._parameters(sampling, at) for at in range(len(prompts))]
         )
@@ -151,6 +151,14 @@ class VLLMEngine:
         ]
         self._tokens_generated += sum(completion.tokens for completion in completions)
         return completions
+
+    def require_room(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
+    ) -> int | None:
+        """As `esfast.engines.base.Bounded` says; the context is vLLM's max_model_len."""
+        self._require_open()
+        lengths = self._rows(prompts).lengths
+        return prompting.require_length(prompts, lengths, max_new_tokens, self._context(), kind)
 
     def save(self, folder: str | Path, made: Mapping[str, Any] | None = None) -> Path:
         """The live weights with the configuration and tokenizer of the base, as `save_model` writes

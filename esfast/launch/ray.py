@@ -237,6 +237,14 @@ class RayFleet:
         self.tokens_generated += sum(completion.tokens for completion in completions)
         return completions
 
+    def require_room(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
+    ) -> int | None:
+        """What one engine says, None where it cannot tell; see `esfast.engines.base.Bounded`."""
+        asked = {"prompts": plain(prompts), "max_new_tokens": max_new_tokens, "kind": kind}
+        left: int | None = self.ask_one("context", **asked)["left"]
+        return left
+
     def members(
         self, generation: int, count: int, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Iterator[MemberAnswers]:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from esfast.engines.base import Completion, Engine, Sampling
+from esfast.engines.base import Bounded, Completion, Engine, Sampling
 from esfast.errors import StateError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal import parse
@@ -134,6 +134,13 @@ class EngineActor:
         self.restore()
         completions = self._engine.generate(prompts, sampling_of(sampling))
         return {"completions": [completion_record(completion) for completion in completions]}
+
+    def context(self, prompts: list[Any], max_new_tokens: int, kind: str) -> dict[str, int | None]:
+        """Tokens that the prompts leave of the model's context."""
+        engine = self._engine
+        if not isinstance(engine, Bounded):
+            return {"left": None}
+        return {"left": engine.require_room(prompts, max_new_tokens, kind)}
 
     def perturb(self, member: list[Any], sigma: float) -> None:
         """Applies any member."""

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from esfast.bounds import require_between, require_whole
-from esfast.engines.base import COLDEST, HOTTEST, Completion, Engine, Sampling
+from esfast.engines.base import COLDEST, HOTTEST, Bounded, Completion, Engine, Sampling
 from esfast.errors import ConfigError, DataError
 from esfast.prior.scores import Estimate, PriorScore, outcome
 from esfast.run_folder import append_line
@@ -131,6 +131,12 @@ class OwnTask:
                 generated_tokens=answered.generated if answered.read else None,
             )
         ]
+
+    def require_room(self, engine: Bounded) -> None:
+        """ConfigError, by number and first words, where a prompt is too long for the model."""
+        prompts = [example.prompt for example in self._examples]
+        kind = f"prompt of prior task {self.names[0]}, number"
+        engine.require_room(prompts, self.max_new_tokens, kind)
 
     def _values(
         self, engine: Engine, sampling: Sampling, samples: int, answered: _Answered
