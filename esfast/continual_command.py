@@ -202,6 +202,7 @@ def stage_args(sequence: TaskSequence, stage: Stage) -> argparse.Namespace:
             "model": model,
             "anchor_model": anchor,
             "output": str(stage.folder),
+            "stages_left": len(sequence.stages) - stage.number + 1,
         }
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esfast.checkpoint import LoadedModel, save_model
+from esfast.disk_room import require_disk_for_grpo
 from esfast.engines.base import Sampling
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
@@ -131,6 +132,7 @@ def _train(
         description, changes = past.described(description), past.changes
         done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
     loaded, engine = _model(args)
+    require_disk_for_grpo(engine, config, output, done, past is not None)
     require_prompts_fit(engine, task, Dealt(config, config.seed), prior)
     run = GrpoRun(
         engine,

@@ -43,15 +43,21 @@ def require_memory(needed: int, purpose: str, mend: str) -> None:
 
 def require_disk(folder: Path, needed: int, purpose: str) -> None:
     """Raises EsfastError where `folder` (or its nearest parent that exists) has too little room."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    room = shutil.disk_usage(there).free
+    there, room = free_disk(folder)
     if room < needed:
         raise EsfastError(
             f"{purpose} needs about {readable(needed)} of disk, and {there} has {readable(room)} "
             f"left. Free some, or name a folder on another disk."
         )
+
+
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """`folder` or its nearest parent that exists, and the bytes that this user may still write
+    there."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return there, shutil.disk_usage(there).free
 
 
 def readable(count: int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from esfast.disk_room import require_disk_for_train
 from esfast.journal import JOURNAL, parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
@@ -91,6 +92,8 @@ def _train(
         description = past.described(description)
     opened = _opened(args, output)
     with closing(opened.engine):
+        stages = getattr(args, "stages_left", 1)  # of esfast continual
+        require_disk_for_train(opened.engine, config, output, past is not None, stages)
         require_prompts_fit(opened.engine, task, Dealt(config, config.strategy.seed), prior)
         trainer = Trainer(
             opened.engine,
