@@ -27,7 +27,7 @@ from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
 from esfast.run_folder import require_free
 from esfast.train_flags import thread_count
-from esfast.weights import MEMORIES
+from esfast.weights import MEMORIES, Weights
 
 
 def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +80,22 @@ def run_replay(args: argparse.Namespace) -> int:
     loaded = load_model(args.base, dtype=usual_dtype(journal.header))
     anchor = loaded.folder if args.anchor_model is None else model_folder(args.anchor_model)
     es = strategy_of(journal, loaded.model, anchor, args.memory, args.threads)
+    if args.anchor_model is not None and _anchor_is_a_copy(es):
+        _say(console, f"--anchor-model {args.anchor_model} is not what the run's decay pulled to "
+                      "and is not read: the base is.")  # fmt: skip
     compared = _with_bar(console, es, journal, until, args.verify)
     checksum = es.weights.checksum()
     folder = save_model(loaded, args.output, _made(args, journal, until, checksum))
     checked = f", {compared} recorded checksums compared" if args.verify else ""
     _say(console, f"{until} generations replayed{checked}; weights {checksum} in {folder}")
     return 0
+
+
+def _anchor_is_a_copy(es: EvolutionStrategy) -> bool:
+    """Whether the anchor is the base's weights as they were loaded, for want of a file with the
+    recorded checksum."""
+    anchor = es.weights.anchor if isinstance(es.weights, Weights) else None
+    return anchor is not None and anchor.resident_bytes > 0
 
 
 def run_export(args: argparse.Namespace) -> int:

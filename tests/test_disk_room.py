@@ -60,8 +60,8 @@ def test_the_need_is_of_the_moment_that_takes_most(tmp_path, monkeypatch):
         require_disk_for(tmp_path / "a" / "b", 100 * MB, small, ["pray"])
     assert str(refused.value) == (
         f"the run in {tmp_path}/a/b needs about 141 MB of disk (100 MB for the tuned model and "
-        "32 MB for its small files, up to 2 snapshots at once, each of 9 MB (--snapshot-every)), and "
-        f"{tmp_path} has 141 MB left. "
+        "32 MB for its small files, up to 2 snapshots at once, each of 9 MB (--snapshot-every)), "
+        f"and {tmp_path} has 141 MB left. "
         "Free some, pray, or write no snapshots (--snapshot-every 0)."
     )
     with_free(3 * 100 * MB + SMALL_FILES - 1)

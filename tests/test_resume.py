@@ -263,6 +263,21 @@ def test_replay_export_and_apply_give_the_runs_model(flags, tiny_model, capfd):
     assert tuned["generations"] == 2 and tuned["base"] == str(tiny_model)
 
 
+def test_an_anchor_that_is_not_the_runs_is_told(flags, capfd):
+    import tiny_models
+
+    for seed, name in enumerate(("first", "other")):
+        tiny_models.llama(seed=seed, **SMALLER).bfloat16().save_pretrained(name)
+        tiny_models.byte_tokenizer().save_pretrained(name)
+    assert run(*flags, "--generations", "2", "--model", "first", "--output", "run") == 0
+    base = ["--base", "first", "--anchor-model"]
+    for anchor, told in (("other", True), ("first", False)):
+        capfd.readouterr()
+        assert run("replay", "run", *base, anchor, "--output", f"again {told}") == 0
+        assert ("--anchor-model other is not what" in capfd.readouterr().out) == told
+        assert weights(f"again {told}") == weights("run/model")
+
+
 def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd, tmp_path):
     import tiny_models
 
