@@ -113,7 +113,7 @@ std::vector<std::string> cuda_devices() {
 void bind_weights(py::module_& m) {
   PYBIND11_NUMPY_DTYPE(Segment, live, base, anchor, live_row_stride, live_column_stride,
                        base_row_stride, anchor_row_stride, rows, cols, origin, canonical_row_stride,
-                       tensor, live_dtype, base_dtype, anchor_dtype);
+                       tensor, live_dtype, base_dtype, anchor_dtype, anchor_map, anchor_map_end);
   m.attr("segment_dtype") = py::dtype::of<Segment>();
   py::class_<MemberSpec>(m, "MemberSpec")
       .def(py::init<uint64_t, int, uint32_t>(), py::arg("seed"), py::arg("sign"), py::arg("index"));

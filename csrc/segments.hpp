@@ -27,6 +27,9 @@ struct Segment {
   uint64_t origin, canonical_row_stride;
   uint32_t tensor;  // id: the first four bytes of SHA-256 of the canonical name
   Dtype live_dtype, base_dtype, anchor_dtype;
+  // The read-only mapping of a file that the anchor lies in, whose pages a pass on the CPU gives
+  // back; 0 for any other memory, which would lose its contents. Set by who made the mapping.
+  uint64_t anchor_map, anchor_map_end;
 };
 
 // A part of one segment that one thread handles at a time: whole rows, or a part of one row.

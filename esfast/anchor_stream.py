@@ -134,6 +134,7 @@ class AnchorStream(DeviceUpdates):
     def _table(self, window: Window, buffer: int) -> DeviceTable:
         rows = window.rows.copy()
         rows["anchor"] = [self._held[buffer].data_ptr() + offset for _, _, offset in window.copies]
+        rows["anchor_map"] = rows["anchor_map_end"] = 0  # no longer the file's pages
         return DeviceTable(rows, self.device)
 
     @property
@@ -188,5 +189,5 @@ def streamed(anchor: Anchor, rows: np.ndarray, device: torch.device) -> AnchorSt
     if anchor.device == device or anchor.pinned or device.type != "cuda":
         return None
     stream = AnchorStream(rows, device)
-    rows["anchor"] = 0
+    rows["anchor"] = rows["anchor_map"] = rows["anchor_map_end"] = 0
     return stream

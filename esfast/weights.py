@@ -96,6 +96,7 @@ class Weights(LiveWeights):
         rows = table.rows()
         if memory != "lean":
             self._make_bases(rows)
+        self._filled = anchor  # outlives `anchor` put elsewhere: the core has its addresses
         if anchor is not None:
             anchor.fill(rows, table)
             self._streamed = streamed(anchor, rows, table.device)
@@ -324,8 +325,9 @@ def weights_of(
 ) -> Weights:
     """`Weights` over a table of this process.
 
-    anchor: the safetensors file or Hugging Face folder that decay pulls to (mapped: resident only
-    while an update runs), True for a copy of the weights as they are now, False for none.
+    anchor: the safetensors file or Hugging Face folder that decay pulls to (mapped: a few MB
+    are resident while an update runs), True for a copy of the weights as they are now, False for
+    none.
     """
     if isinstance(anchor, bool):
         made = Anchor.in_memory(table) if anchor else None
