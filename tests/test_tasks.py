@@ -200,7 +200,7 @@ def test_reasoning_gym_scorers_that_evaluate_never_see_code(cache, dataset, tmp_
 
 
 def test_importing_reasoning_gym_is_no_answers_time(tmp_path, monkeypatch):
-    """It takes 5 s, more on a busy machine, and an answer has 10: the start's limit is 120."""
+    """On busy cores it took more than the 10 s that an answer has; the start's limit is 120."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reasoning_gym.py").write_text("open('imported', 'w')")
     pool = RewardPool(f"{SCORER}:score", Limits())
