@@ -106,9 +106,8 @@ def test_importing_brings_no_heavy_package(module: str) -> None:
 
 def test_the_core_brings_no_torch() -> None:
     """csrc includes neither torch nor, outside the binding file, Python."""
-    sources = ROOT.parent / "csrc"
-    if not sources.is_dir():
-        pytest.skip("an installed package without its sources")
+    sources = Path(__file__).parents[1] / "csrc"  # beside the tests, wherever esfast is installed
+    assert (sources / "noise.hpp").is_file()
     for path in sources.rglob("*.[ch]*"):
         text = path.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if line.lstrip().startswith("#include")]
