@@ -235,13 +235,18 @@ struct NormalsJob {
   }
 };
 
+template <class L, int B>
+ESFAST_FN void normals(const typename L::u32 (&words)[B][4], typename L::f32 (&z)[B][4]) {
+  NormalsJob<L, B> job(words, z);
+  run_steps(job);
+}
+
 // z[b][0..3]: the four normals of each counter of batch b.
 template <class L, int B>
 ESFAST_FN void gaussian(const Stream& s, uint32_t block, typename L::f32 (&z)[B][4]) {
   typename L::u32 words[B][4];
   philox<L, B>(s, block, words);
-  NormalsJob<L, B> job(words, z);
-  run_steps(job);
+  normals<L, B>(words, z);
 }
 
 // The normals of `words`, woven with the Philox of the words after them, which replace these.

@@ -57,30 +57,50 @@ static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out)
   });
 }
 
-// acc = sum of c_n * eps_n in member order, in registers. A woven target computes the normals of
-// one member beside the words of the next (of the last once more).
+// acc += c * z.
+template <class L, int B>
+ESFAST_FN void add_scaled(const typename L::f32 (&z)[B][4], float c, typename L::f32 (&acc)[B][4]) {
+  const auto coefficient = L::setf(c);
+  ESFAST_UNROLL
+  for (int b = 0; b < 4 * B; ++b)
+    acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
+}
+
+// acc += the members' c_n * eps_n, in their order. A woven target computes the normals of each
+// member but the last beside the words of the next.
+template <class L, int B>
+ESFAST_FN void add_members(const Stream* members, int count, uint32_t block,
+                           typename L::f32 (&acc)[B][4]) {
+  typename L::f32 z[B][4];
+  if constexpr (L::woven) {
+    typename L::u32 words[B][4];
+    if (count > 0) philox<L, B>(members[0], block, words);
+    for (int n = 0; n + 1 < count; ++n) {
+      gaussian_woven<L, B>(members[n + 1], block, words, z);
+      add_scaled<L, B>(z, members[n].coefficient, acc);
+    }
+    if (count > 0) {
+      normals<L, B>(words, z);
+      add_scaled<L, B>(z, members[count - 1].coefficient, acc);
+    }
+  } else {
+    for (int n = 0; n < count; ++n) {
+      gaussian<L, B>(members[n], block, z);
+      add_scaled<L, B>(z, members[n].coefficient, acc);
+    }
+  }
+}
+
 template <class L>
 static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
   for_batches<L, L::woven ? L::woven : L::batches>(
       tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
         constexpr int B = decltype(batches)::value;
-        const uint32_t block = counter + static_cast<uint32_t>(c);
-        typename L::u32 words[B][4];
-        typename L::f32 acc[B][4], z[B][4];
+        typename L::f32 acc[B][4];
         ESFAST_UNROLL
         for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
-        if (L::woven) philox<L, B>(members[0], block, words);
-        for (int n = 0; n < count; ++n) {
-          if constexpr (L::woven)
-            gaussian_woven<L, B>(members[n + 1 < count ? n + 1 : n], block, words, z);
-          else
-            gaussian<L, B>(members[n], block, z);
-          const auto coefficient = L::setf(members[n].coefficient);
-          ESFAST_UNROLL
-          for (int b = 0; b < 4 * B; ++b)
-            acc[b / 4][b % 4] = L::fma(z[b / 4][b % 4], coefficient, acc[b / 4][b % 4]);
-        }
+        add_members<L, B>(members, count, counter + static_cast<uint32_t>(c), acc);
         ESFAST_UNROLL
         for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
       });
