@@ -80,9 +80,8 @@ def run_replay(args: argparse.Namespace) -> int:
     loaded = load_model(args.base, dtype=usual_dtype(journal.header))
     anchor = loaded.folder if args.anchor_model is None else model_folder(args.anchor_model)
     es = strategy_of(journal, loaded.model, anchor, args.memory, args.threads)
-    if args.anchor_model is not None and _anchor_is_a_copy(es):
-        _say(console, f"--anchor-model {args.anchor_model} is not what the run's decay pulled to "
-                      "and is not read: the base is.")  # fmt: skip
+    if args.anchor_model is not None:
+        _tell_unread_anchor(console, es, args.anchor_model)
     compared = _with_bar(console, es, journal, until, args.verify)
     checksum = es.weights.checksum()
     folder = save_model(loaded, args.output, _made(args, journal, until, checksum))
@@ -91,11 +90,16 @@ def run_replay(args: argparse.Namespace) -> int:
     return 0
 
 
-def _anchor_is_a_copy(es: EvolutionStrategy) -> bool:
-    """Whether the anchor is the base's weights as they were loaded, for want of a file with the
-    recorded checksum."""
+def _tell_unread_anchor(console: Console, es: EvolutionStrategy, named: str) -> None:
+    """Says so where the anchor is a copy of the base's weights as they were loaded: the file named
+    lacks the recorded checksum."""
     anchor = es.weights.anchor if isinstance(es.weights, Weights) else None
-    return anchor is not None and anchor.resident_bytes > 0
+    if anchor is not None and anchor.resident_bytes > 0:
+        _say(
+            console,
+            f"--anchor-model {named} is not what the run's decay pulled to and is not read: the "
+            "base is.",
+        )
 
 
 def run_export(args: argparse.Namespace) -> int:

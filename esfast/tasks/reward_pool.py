@@ -35,9 +35,9 @@ from esfast.tasks.base import Example, Pending, PoolTask, Score
 
 GIB = 1 << 30
 START_SECONDS = 120.0
+"""How long importing the user's module may take; a heavy library needs tens of seconds."""
 LONGEST = 1e6  # seconds: 11 days; waits and timers end at 9e9
 MOST_GIB = 1 << 20
-"""How long importing the user's module may take; a heavy library needs tens of seconds."""
 LONGEST_REPLY = 1 << 16  # bytes; a reply has a number and a feedback, and is cut at 500 characters
 
 _SCRIPT = Path(__file__).with_name("reward_process.py")
