@@ -10,6 +10,7 @@ the same variants and is what the committed results come from (benchmarks/kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,22 @@ def test_restore(benchmark: Any, bench: Bench, noise: str, memory: str) -> None:
         weights.restore,
         lambda: weights.perturb(member, workload.SIGMA),
     )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("noise", NOISES)
+def test_exchange(benchmark: Any, bench: Bench, noise: str, sign: int) -> None:
+    """Of a member for another's noise, or for its own mirrored, in lean memory."""
+    weights, (first, second) = bench.weights("lean"), workload.members(noise, 2)
+    member = second if sign > 0 else replace(first, sign=-1)
+    record(
+        benchmark,
+        f"{workload.EXCHANGE if sign > 0 else workload.MIRROR} {bench.dtype}",
+        bench.parameters,
+        lambda: weights.perturb(member, workload.SIGMA),
+        lambda: weights.perturb(first, workload.SIGMA),
+    )
+    weights.restore()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -186,14 +186,14 @@ class DeviceTable(DeviceUpdates):
         scale: float,
         threads: int,
     ) -> None:
-        """In place, with lists of what rounding loses. Waits for the device: do they fit?"""
-        if records.active:
-            raise StateError("the weights are perturbed already")
+        """In place, with lists of what rounding loses, after `restore`. Waits for the device: do
+        they fit?"""
         if self.capturing():
             raise StateError(
                 "lean memory looks at its lists' size after each member, which a CUDA graph's "
                 'capture does not allow; make the weights with memory="shadow".'
             )
+        self.restore(records, threads)
         self._prepare(records, noise, member, scale)
         records.member = (noise, member, scale)
         while True:

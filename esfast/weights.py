@@ -139,7 +139,8 @@ class Weights(LiveWeights):
         return bool(self._records.active) if self.memory == "lean" else self._perturbed
 
     def perturb(self, member: Member, sigma: float) -> None:
-        """Applies a member: w' = round(w + sign * sigma * eps). An applied one is restored first.
+        """Applies a member: w' = round(w + sign * sigma * eps). An applied one is taken back in the
+        same pass; one of the same noise and the other sign costs no second draw.
 
         sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
         """
@@ -147,13 +148,19 @@ class Weights(LiveWeights):
         with self._turn:
             self.table.check_in_place()
             if self.memory == "lean":
-                self.restore()
-                self._core.perturb_recorded(
-                    self._records, member.noise_number, member.spec, scale, self.threads
-                )
+                self._exchange(member, scale)
             else:
                 self._perturbed = True  # first: an interrupt right after the call must find it set
                 self._core.perturb(member.noise_number, member.spec, scale, self.threads)
+
+    def _exchange(self, member: Member, scale: float) -> None:
+        try:
+            self._core.perturb_recorded(
+                self._records, member.noise_number, member.spec, scale, self.threads
+            )
+        except MemoryError:  # before the first weight: the old member is still applied
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Puts back the bits from before `perturb`; does nothing where no member is applied.

@@ -17,10 +17,20 @@ from test_cli import run
 from esfast import _core
 from esfast.bench import peers, workload
 from esfast.bench.measure import Timing, measure, variants
-from esfast.bench.rows import COLUMNS, KEY, Limits, Row, Stamp, merge_csv, read_csv, rows_of
+from esfast.bench.rows import (
+    COLUMNS,
+    KEY,
+    TORCH_KERNEL,
+    Limits,
+    Row,
+    Stamp,
+    merge_csv,
+    read_csv,
+    rows_of,
+)
 from esfast.bench.show import quiet_note, short
 from esfast.bench.traffic import drawn, moved, normals
-from esfast.bench.workload import CACHE, CYCLE, TORCH, UPDATE, Bench, Case
+from esfast.bench.workload import CACHE, CYCLE, EXCHANGE, MIRROR, TORCH, UPDATE, Bench, Case
 from esfast.errors import DataError, EsfastError
 from esfast.whole_file import whole_file
 
@@ -58,11 +68,13 @@ def test_every_kernel_has_a_whole_row() -> None:
     rows = some_rows()
     found = {(row.kernel, row.noise, row.memory, row.population): row for row in rows}
     assert len(found) == len(rows)
-    for kernel in ("perturb", "restore", CYCLE):
+    for kernel in ("perturb", EXCHANGE, MIRROR, "restore", CYCLE):
         row = found[kernel, "gaussian", "lean", 1]
         assert row.limit in ("bandwidth", "issue") and row.share_of_limit and row.times_peer
         assert row.share_of_limit == max(row.share_of_bandwidth or 0, row.share_of_issue or 0)
-        assert found[kernel, "gaussian", TORCH, 1].times_peer == 1
+        theirs = found[TORCH_KERNEL.get(kernel, kernel), "gaussian", TORCH, 1]
+        assert theirs.times_peer == 1
+        assert row.times_peer == pytest.approx(theirs.ns_per_parameter / row.ns_per_parameter, 0.01)
     update = found[UPDATE, "hadamard", "shadow", 32]
     peer = found[UPDATE, "gaussian", TORCH, 30]
     assert update.times_peer == pytest.approx(peer.ns_per_parameter / update.ns_per_parameter, 0.01)
@@ -147,6 +159,8 @@ def test_an_exception_puts_the_target_back() -> None:
     [
         ("perturb", "lean", "gaussian", 1, 4, 1, 1),
         ("restore", "lean", "gaussian", 1, 4, 1, 1),
+        (EXCHANGE, "lean", "gaussian", 1, 4, 2, 2),
+        (MIRROR, "lean", "gaussian", 1, 4, 1, 1),
         (CYCLE, "lean", "gaussian", 1, 8, 2, 2),
         ("perturb", "shadow", "gaussian", 1, 4, 1, 1),
         ("restore", "shadow", "gaussian", 1, 4, 0, 0),

@@ -69,6 +69,43 @@ def test_a_member_already_applied_is_restored_first(target: str, dtype: str, mem
     assert_tensors(model, tensors(dtype))
 
 
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_a_member_to_its_mirror(target: str, dtype: str, noise: str, memory: str) -> None:
+    model = tensors(dtype)
+    weights = made(model, memory)
+    for sign, sigma in ((1, 0.02), (-1, 0.02), (1, 30.0), (-1, 1e-3), (-1, 1e30)):
+        weights.perturb(member(noise, sign), sigma)
+        assert_tensors(model, perturbed(dtype, noise, sigma, sign), f"{sign} * {sigma}")
+    weights.restore()
+    assert_tensors(model, tensors(dtype))
+
+
+class NoMemory:
+    """A core that finds none for another member."""
+
+    def __init__(self, core: object) -> None:
+        self.core = core
+
+    def perturb_recorded(self, *_: object) -> None:
+        raise MemoryError
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.core, name)
+
+
+def test_no_memory_for_the_next_member_leaves_the_weights_restored() -> None:
+    model = tensors("bfloat16")
+    weights = made(model, "lean")
+    weights.perturb(member("gaussian"), 0.02)
+    weights._core = NoMemory(weights._core)
+    with pytest.raises(MemoryError):
+        weights.perturb(member("rademacher"), 0.02)
+    assert not weights.perturbed
+    assert_tensors(model, tensors("bfloat16"))
+
+
 @pytest.mark.parametrize("memory", [*MODES, "master"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_matter(target: str, dtype: str, memory: str) -> None:

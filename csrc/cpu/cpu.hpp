@@ -30,6 +30,8 @@ void set_target(const std::string& name);  // throws std::invalid_argument namin
 
 // threads < 1 means one a core. All of these leave the weights as they were when they throw.
 void perturb(const Table&, const PerturbCall&, int threads);
+// Takes back the member that the records hold, if any, in the same pass. A record that finds no
+// memory leaves the weights restored.
 void perturb(const Table&, const PerturbCall&, Records&, int threads);
 void restore(const Table&, Records&, int threads);
 void capture(const Table&, int threads);  // base = live

@@ -38,6 +38,11 @@ static void with_dtypes(const Segment& s, F&& f) {
   });
 }
 
+static bool same_noise(const PerturbCall& a, const PerturbCall& b) {
+  return a.noise == b.noise && a.source.seed == b.source.seed &&
+         a.source.purpose == b.source.purpose && a.source.row == b.source.row;
+}
+
 template <class L>
 struct Exports {
   static void free_scratch(Scratch* scratch) {
@@ -85,28 +90,26 @@ struct Exports {
     });
   }
 
-  static size_t record(const Segment& s, const Chunk& c, const PerturbCall& call, Scratch& scratch,
-                       uint8_t* to) {
+  // The noise of a block's two members is made once where they mirror each other.
+  static size_t exchange(const Segment& s, const Chunk& c, const PerturbCall* old,
+                         const uint8_t* from, const PerturbCall* next, uint8_t* to,
+                         Scratch& scratch) {
     Buffers& buffers = buffers_of(scratch);
     const uint8_t* start = to;
+    const bool shared = old && next && same_noise(*old, *next);
     with_dtype(s.live_dtype, [&](auto live) {
       for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
-        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
-        to = perturb_recorded<L, decltype(live)>(b, noise, call.scale, to);
+        const float* noise = nullptr;
+        if (old) {
+          noise = fill_noise<L>(*old, s.tensor, b, buffers);
+          from = restore_recorded<L, decltype(live)>(b, noise, old->scale, from);
+        }
+        if (!next) return;
+        if (!shared) noise = fill_noise<L>(*next, s.tensor, b, buffers);
+        to = perturb_recorded<L, decltype(live)>(b, noise, next->scale, to);
       });
     });
     return static_cast<size_t>(to - start);
-  }
-
-  static void restore(const Segment& s, const Chunk& c, const PerturbCall& call, Scratch& scratch,
-                      const uint8_t* from) {
-    Buffers& buffers = buffers_of(scratch);
-    with_dtype(s.live_dtype, [&](auto live) {
-      for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
-        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
-        from = restore_recorded<L, decltype(live)>(b, noise, call.scale, from);
-      });
-    });
   }
 
   static uint64_t update(const Segment& s, const Chunk& c, const UpdateCall& call,
@@ -179,7 +182,7 @@ struct Exports {
   }
 
   static constexpr Target table(const char* name) {
-    return {name,   make_scratch, free_scratch, perturb,  record, restore,
+    return {name,   make_scratch, free_scratch, perturb,  exchange,
             update, capture,      refresh,      checksum, reveal};
   }
 };

@@ -2,10 +2,9 @@
 // threads reaches a weight, and the checksum is a sum of integers.
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -50,7 +49,7 @@ std::vector<OwnedScratch> make_scratch(const Target& t, size_t count, const Upda
 }
 
 // Calls work(chunk number, thread number) for every stride-th chunk. A thread that the system
-// refuses is done without: the others take its chunks.
+// refuses, or has no memory for, is done without: the others take its chunks.
 template <class Work>
 void for_chunks(const Table& table, size_t threads, size_t stride, const Work& work) {
   std::atomic<size_t> next{0};
@@ -59,13 +58,10 @@ void for_chunks(const Table& table, size_t threads, size_t stride, const Work& w
     for (size_t i; (i = next.fetch_add(stride)) < table.chunks.size();) work(i, thread);
   };
   std::vector<std::thread> others;
-  others.reserve(threads);
-  for (size_t thread = 1; thread < threads; ++thread) {
-    try {
-      others.emplace_back(run, thread);
-    } catch (const std::system_error&) {
-      break;
-    }
+  try {
+    others.reserve(threads);
+    for (size_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
+  } catch (const std::exception&) {
   }
   run(0);
   for (auto& other : others) other.join();
@@ -138,11 +134,12 @@ void restore_chunks(const Table& table, Records& records,
                     const std::vector<OwnedScratch>& scratch) {
   const Target& t = target();
   for_chunks(table, scratch.size(), 1, [&](size_t i, size_t thread) {
-    if (records.chunks[i].empty()) return;
+    std::vector<uint8_t>& record = records.chunks[i];
+    if (record.empty()) return;
     const Chunk& c = table.chunks[i];
-    t.restore(table.segments[c.segment], c, records.call, *scratch[thread],
-              records.chunks[i].data());
-    records.chunks[i].clear();
+    t.exchange(table.segments[c.segment], c, &records.call, record.data(), nullptr, nullptr,
+               *scratch[thread]);
+    record.clear();
   });
   records.active = false;
 }
@@ -160,25 +157,28 @@ void perturb(const Table& table, const PerturbCall& call, int threads) {
 
 // A chunk whose record finds no memory is put back from the buffer at once; then all the others.
 void perturb(const Table& table, const PerturbCall& call, Records& records, int threads) {
-  if (records.active) throw std::logic_error("the weights are perturbed already");
   const Target& t = target();
   const auto scratch = make_scratch(t, thread_count(table, threads), nullptr);
   const auto buffers = record_buffers(table, scratch.size());
   records.chunks.resize(table.chunks.size());
+  const PerturbCall before = records.call;
+  const PerturbCall* old = records.active ? &before : nullptr;
   records.call = call;
   std::atomic<bool> short_of_memory{false};
   records.active = true;
   for_chunks(table, scratch.size(), 1, [&](size_t i, size_t thread) {
-    if (short_of_memory) return;
     const Chunk& c = table.chunks[i];
     const Segment& s = table.segments[c.segment];
+    const PerturbCall* next = short_of_memory ? nullptr : &call;
     uint8_t* buffer = buffers[thread].get();
-    const size_t size = t.perturb_recorded(s, c, call, *scratch[thread], buffer);
+    std::vector<uint8_t>& record = records.chunks[i];
+    const size_t size = t.exchange(s, c, old, record.data(), next, buffer, *scratch[thread]);
+    if (!next) return record.clear();
     try {
-      records.chunks[i].assign(buffer, buffer + size + kRecordSlack);
+      record.assign(buffer, buffer + size + kRecordSlack);
     } catch (const std::bad_alloc&) {
-      t.restore(s, c, call, *scratch[thread], buffer);
-      records.chunks[i].clear();
+      t.exchange(s, c, next, buffer, nullptr, nullptr, *scratch[thread]);
+      record.clear();
       short_of_memory = true;
     }
   });
@@ -245,8 +245,8 @@ uint64_t expected_record_bytes(const Table& table, const PerturbCall& call, int 
     const Chunk& c = table.chunks[i];
     const Segment& s = table.segments[c.segment];
     uint8_t* buffer = buffers[thread].get();
-    bytes += t.perturb_recorded(s, c, call, *scratch[thread], buffer);
-    t.restore(s, c, call, *scratch[thread], buffer);
+    bytes += t.exchange(s, c, nullptr, nullptr, &call, buffer, *scratch[thread]);
+    t.exchange(s, c, &call, buffer, nullptr, nullptr, *scratch[thread]);
     sampled += c.rows * c.columns;
   });
   if (sampled == 0) return 0;

@@ -44,11 +44,11 @@ struct Target {
   void (*free_scratch)(Scratch*);
   // live = round(base + scale * eps); base may be live itself.
   void (*perturb)(const Segment&, const Chunk&, const PerturbCall&, Scratch&);
-  // The same in place; writes the exceptions to `record` (record_bound bytes), returns their size.
-  size_t (*perturb_recorded)(const Segment&, const Chunk&, const PerturbCall&, Scratch&,
-                             uint8_t* record);
-  void (*restore)(const Segment&, const Chunk&, const PerturbCall&, Scratch&,
-                  const uint8_t* record);
+  // In place: takes back `old`, if any, by its record `from`; then applies `next`, if any, writes
+  // its exceptions to `to` (record_bound bytes) and returns their size. A weight is read and
+  // written once.
+  size_t (*exchange)(const Segment&, const Chunk&, const PerturbCall* old, const uint8_t* from,
+                     const PerturbCall* next, uint8_t* to, Scratch&);
   // Returns how many weights saturated.
   uint64_t (*update)(const Segment&, const Chunk&, const UpdateCall&, Scratch&);
   void (*capture)(const Segment&, const Chunk&);  // base = live

@@ -17,7 +17,17 @@ from typing import Any
 
 from esfast.bench.measure import Timing, peer_of
 from esfast.bench.traffic import BUFFER_PASSES, GROUP, drawn, moved, normals
-from esfast.bench.workload import BUFFER, CACHE, CHECKSUM, TORCH, UPDATE, Case
+from esfast.bench.workload import (
+    BUFFER,
+    CACHE,
+    CHECKSUM,
+    CYCLE,
+    EXCHANGE,
+    MIRROR,
+    TORCH,
+    UPDATE,
+    Case,
+)
 from esfast.errors import DataError
 from esfast.whole_file import whole_file
 
@@ -60,6 +70,7 @@ class Row(Stamp):
 COLUMNS = tuple(field.name for field in fields(Row))
 KEY = ("device", "threads", "table", "target", "kernel", "noise", "dtype", "memory", "population")
 """Two rows that agree in these are measurements of one thing."""
+TORCH_KERNEL = {EXCHANGE: CYCLE, MIRROR: CYCLE}  # what the loops do there; else the same name
 
 
 class Limits:
@@ -121,7 +132,8 @@ def _row(
     least = limits.seconds(timing) if ours else {}
     binding = max(least, key=least.__getitem__) if least else None
     shares = {name: seconds / timing.seconds for name, seconds in least.items()}
-    peer = peers.get((peer_of(case), kernel)) if ours or case.memory == TORCH else None
+    theirs = (peer_of(case), TORCH_KERNEL.get(kernel, kernel))
+    peer = peers.get(theirs) if ours or case.memory == TORCH else None
     return Row(
         **asdict(stamp),
         target=case.target,

@@ -15,7 +15,17 @@ from __future__ import annotations
 import torch
 
 from esfast.bench import peers
-from esfast.bench.workload import BUFFER, CACHE, CHECKSUM, CYCLE, DTYPES, TORCH, UPDATE, Case
+from esfast.bench.workload import (
+    BUFFER,
+    CACHE,
+    CHECKSUM,
+    CYCLE,
+    DTYPES,
+    EXCHANGE,
+    TORCH,
+    UPDATE,
+    Case,
+)
 
 GROUP = 32  # Hadamard members that share a word
 BUFFER_PASSES = {"copy": 2, "read-modify-write": 2, "read": 1}
@@ -50,10 +60,12 @@ def drawn(case: Case, kernel: str) -> int:
         return 0
     if kernel == UPDATE:
         return -(-case.population // GROUP) if case.noise == "hadamard" else case.population
+    if kernel == EXCHANGE:
+        return 2
     again = int(case.memory in ("lean", TORCH))
-    if case.memory == TORCH or kernel == "perturb":
-        return 1 + int(kernel == CYCLE)
-    return again if kernel == "restore" else 1 + again
+    if kernel == "restore":
+        return again
+    return 1 + again if kernel == CYCLE else 1
 
 
 def normals(case: Case, kernel: str) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -22,7 +23,10 @@ from esfast.models import DEFAULT_MODEL
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CYCLE, UPDATE, CHECKSUM = "perturb+restore", "update", "checksum"
-KERNELS = ("perturb", "restore", CYCLE, UPDATE, CHECKSUM)
+# One member for the next, as lean memory takes them through a generation: another's noise, or the
+# same with the other sign.
+EXCHANGE, MIRROR = "exchange", "mirror"
+KERNELS = ("perturb", EXCHANGE, MIRROR, "restore", CYCLE, UPDATE, CHECKSUM)
 # Stand where a memory mode does: torch's loops; plain buffers; a table that stays in the cache.
 TORCH, BUFFER, CACHE = "torch", "buffer", "cache"
 SIGMA = 1e-3
@@ -36,8 +40,9 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time. kernel: "perturb+restore" (which also gives its two halves), "update" or
-    "checksum"; target: the instruction set in force, "cuda", or "torch"; device: torch's name."""
+    """One thing to time. kernel: "perturb+restore" (which also gives its two halves, and in lean
+    memory what is between two members), "update" or "checksum"; target: the instruction set in
+    force, "cuda", or "torch"; device: torch's name."""
 
     kernel: str
     noise: str
@@ -190,10 +195,15 @@ def passes(case: Case, weights: Weights) -> dict[str, Callable[[], object]]:
     """The kernels of a case by name, to be called in this order."""
     if case.kernel == CHECKSUM:
         return {CHECKSUM: weights.checksum}
-    people, scalars = members(case.noise, case.population), coefficients(case.population)
     if case.kernel == UPDATE:
+        people, scalars = members(case.noise, case.population), coefficients(case.population)
         return {UPDATE: lambda: weights.update(people, scalars, seed=7)}
-    return {"perturb": lambda: weights.perturb(people[0], SIGMA), "restore": weights.restore}
+    first, second = members(case.noise, 2)
+    turns = {"perturb": first}
+    if case.memory == "lean":  # the other modes perturb their base, whatever was applied
+        turns |= {EXCHANGE: second, MIRROR: replace(second, sign=-1)}
+    calls = {name: partial(weights.perturb, member, SIGMA) for name, member in turns.items()}
+    return {**calls, "restore": weights.restore}
 
 
 class Bench:

@@ -6,11 +6,13 @@
 // a line a target: its name and a digest of every weight that the random rounds produced, which
 // must be the same on every target and machine. Buffers are exactly as large as their tensors, so
 // that the address sanitizer sees a byte too far.
+#include <atomic>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <new>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -19,6 +21,27 @@
 #include "../../csrc/population.hpp"
 
 using namespace esfast;
+
+namespace {
+
+std::atomic<int64_t> allocations_left{INT64_MAX};  // then there is no memory
+
+}  // namespace
+
+void* operator new(size_t size) {
+  void* memory = allocations_left-- > 0 ? std::malloc(size ? size : 1) : nullptr;
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  return std::malloc(size ? size : 1);
+}
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, size_t) noexcept {
+  std::free(memory);
+}
 
 namespace {
 
@@ -161,6 +184,38 @@ uint64_t digest_of(uint64_t digest, const Model& model) {
   return digest;
 }
 
+// One member for the next in a pass, as in a generation: a mirrored one or another.
+void check_exchange(const Table& table, const Model& model, const PerturbCall& call,
+                    Records& records, Random& random, int threads) {
+  PerturbCall next{call.noise, call.source, -call.scale};
+  if (random.below(2)) {
+    next.noise = static_cast<Noise>(random.below(3));
+    next.source = make_source(next.noise, {random.next(), 1, 7});
+  }
+  cpu::perturb(table, next, records, threads);
+  const auto exchanged = bytes_of(model);
+  cpu::restore(table, records, threads);
+  cpu::perturb(table, next, records, threads);
+  if (bytes_of(model) != exchanged) fail("an exchange gave other bits than a perturbation");
+}
+
+// Memory that ends anywhere leaves the old member applied or none.
+void check_shortage(const Table& table, const Model& model, PerturbCall call, Records& records,
+                    Random& random, int threads) {
+  const auto applied = bytes_of(model);
+  call.scale = 10.0f;  // so that records outgrow the memory that they have
+  allocations_left = static_cast<int64_t>(random.below(12));
+  bool short_of_memory = false;
+  try {
+    cpu::perturb(table, call, records, threads);
+  } catch (const std::bad_alloc&) {
+    short_of_memory = true;
+  }
+  allocations_left = INT64_MAX;
+  if (short_of_memory && records.active && bytes_of(model) != applied)
+    fail("without memory for another the member was changed");
+}
+
 uint64_t round_trip(Random& random, int memory, uint64_t digest) {
   Model model;
   const uint64_t tensors = 1 + random.below(4);
@@ -178,10 +233,13 @@ uint64_t round_trip(Random& random, int memory, uint64_t digest) {
   else
     cpu::perturb(table, call, records, threads);
   digest = digest_of(digest, model) ^ cpu::checksum(table, threads);
-  if (memory)
+  if (memory) {
     cpu::refresh(table, threads);
-  else
+  } else {
+    check_exchange(table, model, call, records, random, threads);
+    check_shortage(table, model, call, records, random, threads);
     cpu::restore(table, records, threads);
+  }
   if (bytes_of(model) != before) fail("restore left other bits");
   const Terms terms = random_terms(noise, random);
   cpu::update(table, update_call(terms, noise, random), threads);
