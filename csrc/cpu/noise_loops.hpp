@@ -180,6 +180,10 @@ static void sum_hadamard(const Buffers& u, int group, uint32_t counter, int coun
 template <class L>
 static void add_hadamard(const Buffers& u, int count, float scale, uint64_t tile, int tiles,
                          float* out) {
+  if (count == 0) {
+    memset(out, 0, sizeof(float) * static_cast<size_t>(tiles * kTile));
+    return;
+  }
   const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
   alignas(64) uint32_t sums[kBlock + kSlack];
   sum_hadamard<L, true>(u, 0, counter, tiles * (kTile / 4), sums);

@@ -41,6 +41,7 @@ size_t thread_count(const Table& table, int asked) {
 // Scratch for every thread is made before any weight is touched.
 std::vector<OwnedScratch> make_scratch(const Target& t, size_t count, const UpdateCall* update) {
   std::vector<OwnedScratch> all;
+  all.reserve(count);  // first: growth that fails would lose the one in hand
   for (size_t i = 0; i < count; ++i) {
     all.emplace_back(t.make_scratch(update), FreeScratch{&t});
     if (!all.back()) throw std::bad_alloc();
@@ -78,6 +79,7 @@ size_t longest_record(const Table& table) {
 
 std::vector<std::unique_ptr<uint8_t[]>> record_buffers(const Table& table, size_t threads) {
   std::vector<std::unique_ptr<uint8_t[]>> buffers;
+  buffers.reserve(threads);
   const size_t bound = longest_record(table);
   for (size_t i = 0; i < threads; ++i) buffers.emplace_back(new uint8_t[bound]);
   return buffers;

@@ -199,20 +199,27 @@ void check_exchange(const Table& table, const Model& model, const PerturbCall& c
   if (bytes_of(model) != exchanged) fail("an exchange gave other bits than a perturbation");
 }
 
+// Whether `call` ends for want of memory, somewhere in its first allocations.
+template <class Call>
+bool runs_out(Random& random, Call&& call) {
+  allocations_left = static_cast<int64_t>(random.below(12));
+  bool out = false;
+  try {
+    call();
+  } catch (const std::bad_alloc&) {
+    out = true;
+  }
+  allocations_left = INT64_MAX;
+  return out;
+}
+
 // Memory that ends anywhere leaves the old member applied or none.
 void check_shortage(const Table& table, const Model& model, PerturbCall call, Records& records,
                     Random& random, int threads) {
   const auto applied = bytes_of(model);
   call.scale = 10.0f;  // so that records outgrow the memory that they have
-  allocations_left = static_cast<int64_t>(random.below(12));
-  bool short_of_memory = false;
-  try {
-    cpu::perturb(table, call, records, threads);
-  } catch (const std::bad_alloc&) {
-    short_of_memory = true;
-  }
-  allocations_left = INT64_MAX;
-  if (short_of_memory && records.active && bytes_of(model) != applied)
+  const auto perturb = [&] { cpu::perturb(table, call, records, threads); };
+  if (runs_out(random, perturb) && records.active && bytes_of(model) != applied)
     fail("without memory for another the member was changed");
 }
 
@@ -242,7 +249,12 @@ uint64_t round_trip(Random& random, int memory, uint64_t digest) {
   }
   if (bytes_of(model) != before) fail("restore left other bits");
   const Terms terms = random_terms(noise, random);
-  cpu::update(table, update_call(terms, noise, random), threads);
+  const UpdateCall step = update_call(terms, noise, random);
+  const auto update = [&] { cpu::update(table, step, threads); };
+  if (runs_out(random, update)) {
+    if (bytes_of(model) != before) fail("an update without memory changed the weights");
+    update();
+  }
   return digest_of(digest, model);
 }
 
