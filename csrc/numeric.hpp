@@ -32,6 +32,28 @@ ESFAST_FN uint32_t all_lanes() {
 template <class Dtype>
 struct VectorByVector {
   template <class L>
+  ESFAST_FN void load(const void* p, Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j)
+      v[j] = stored_bits<L>(static_cast<const uint8_t*>(p) + Dtype::bytes * L::width * j);
+  }
+  template <class L>
+  ESFAST_FN void store(void* p, const Weights<L>& v) {
+    for (int j = 0; j < L::vectors; ++j) {
+      uint8_t* to = static_cast<uint8_t*>(p) + Dtype::bytes * L::width * j;
+      if constexpr (Dtype::bytes == 4)
+        L::store32(to, v[j]);
+      else
+        L::store16(to, v[j]);
+    }
+  }
+  template <class L>
+  ESFAST_FN typename L::u32 stored_bits(const void* p) {
+    if constexpr (Dtype::bytes == 4)
+      return L::load32(p);
+    else
+      return L::load16(p);
+  }
+  template <class L>
   ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j) v[j] = Dtype::template nearest<L>(t[j]);
@@ -63,20 +85,6 @@ struct VectorByVector {
 struct Float32 : VectorByVector<Float32> {
   static constexpr int bytes = 4;
 
-  template <class L>
-  ESFAST_FN void load(const void* p, Weights<L>& v) {
-    for (int j = 0; j < L::vectors; ++j)
-      v[j] = L::load32(static_cast<const uint8_t*>(p) + 4 * L::width * j);
-  }
-  template <class L>
-  ESFAST_FN void store(void* p, const Weights<L>& v) {
-    for (int j = 0; j < L::vectors; ++j)
-      L::store32(static_cast<uint8_t*>(p) + 4 * L::width * j, v[j]);
-  }
-  template <class L>
-  ESFAST_FN typename L::u32 stored_bits(const void* p) {
-    return L::load32(p);
-  }
   template <class L>
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
     return L::as_float(bits);
@@ -190,20 +198,6 @@ struct BFloat16 {
 struct Float16 : VectorByVector<Float16> {
   static constexpr int bytes = 2;
 
-  template <class L>
-  ESFAST_FN void load(const void* p, Weights<L>& v) {
-    for (int j = 0; j < L::vectors; ++j)
-      v[j] = L::load16(static_cast<const uint8_t*>(p) + 2 * L::width * j);
-  }
-  template <class L>
-  ESFAST_FN void store(void* p, const Weights<L>& v) {
-    for (int j = 0; j < L::vectors; ++j)
-      L::store16(static_cast<uint8_t*>(p) + 2 * L::width * j, v[j]);
-  }
-  template <class L>
-  ESFAST_FN typename L::u32 stored_bits(const void* p) {
-    return L::load16(p);
-  }
   template <class L>
   ESFAST_FN typename L::f32 widen(typename L::u32 bits) {
     return L::from_half(bits);

@@ -57,14 +57,24 @@ ESFAST_FN Lane lane_of(const Span& s, uint32_t tile, uint32_t lane) {
   return out;
 }
 
+// All of a lane's units, so that their loads are in flight together.
+ESFAST_FN void load_live(const Span& s, const Lane& lane, Raw (&raw)[kSteps]) {
+  ESFAST_UNROLL
+  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+}
+
+ESFAST_FN void load_base(const Span& s, const Lane& lane, Raw (&raw)[kSteps]) {
+  ESFAST_UNROLL
+  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);
+}
+
 // ---- shadow memory: live = round(base + scale * noise), base read once, live written once
 
 template <Noise noise>
 ESFAST_FN void perturb_tile(const Span& s, const Lane& lane, const Perturbation& p) {
   const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
   Raw raw[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);
+  load_base(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
@@ -97,8 +107,7 @@ ESFAST_FN Recorded record_tile(const Span& s, const Lane& lane, const Perturbati
   const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
   Recorded r;
   r.count = 0;
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) r.old[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+  load_live(s, lane, r.old);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
@@ -172,8 +181,7 @@ ESFAST_FN void restore_tile(const Span& s, const Lane& lane, const Perturbation&
                             const uint32_t* words, int before) {
   const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
   Raw raw[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+  load_live(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
@@ -196,8 +204,7 @@ ESFAST_FN void restore_tile(const Span& s, const Lane& lane, const Perturbation&
 
 ESFAST_FN void refresh_tile(const Span& s, const Lane& lane) {
   Raw raw[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);
+  load_base(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     with_dtypes(s, [&](auto live, auto base) {
@@ -209,8 +216,7 @@ ESFAST_FN void refresh_tile(const Span& s, const Lane& lane) {
 
 ESFAST_FN void capture_tile(const Span& s, const Lane& lane) {
   Raw raw[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+  load_live(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     with_dtypes(
@@ -222,8 +228,7 @@ ESFAST_FN void capture_tile(const Span& s, const Lane& lane) {
 ESFAST_FN uint64_t hash_tile(const Span& s, const Lane& lane) {
   uint64_t sum = 0;
   Raw raw[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+  load_live(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     const Unit& u = lane.unit[j];
@@ -307,8 +312,7 @@ ESFAST_FN uint32_t update_tile(const Span& s, const Lane& lane, const Step& step
   const bool random = step.rule.stochastic && s.base_dtype != Dtype::float32;
   const Stream rounding = stream_of(step.rounding, s.tensor, static_cast<uint32_t>(s.origin >> 35));
   Raw old[kSteps];
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) old[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);
+  load_base(s, lane, old);
   uint32_t saturated = 0;
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
