@@ -149,9 +149,9 @@ def member_of(noise: str, sign: int) -> Member:
 def test_perturb_and_restore(dtype: str, noise: str, memory: str) -> None:
     pair = Pair(of_model(tensors(dtype)), memory)
     for sigma in SIGMAS:
-        for sign in (1, -1):
+        for sign in (1, -1):  # the second takes the first back
             pair.perturb(member_of(noise, sign), sigma)
-            pair.restore()
+        pair.restore()
 
 
 @pytest.mark.parametrize("memory", MODES)
