@@ -6,6 +6,10 @@ tests repeat the chief ones with SmolLM2.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,3 +315,45 @@ def test_the_output_matrix_gets_its_input_in_one_piece(tokenizer: Any, monkeypat
     TransformersEngine(frozen, tokenizer).generate(PROMPTS, Sampling(3))
     assert whole and all(whole)
     assert not head._forward_pre_hooks
+
+
+GROWTH = """
+import ctypes, os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from tiny_models import byte_tokenizer, llama
+from esfast.engines.transformers import TransformersEngine
+from esfast.measure import _status_bytes
+
+TransformersEngine(llama(), byte_tokenizer())
+print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+weight = torch.randn(576, 576).bfloat16()
+before = 0
+for rows in range(1, 257):
+    torch.nn.functional.linear(torch.randn(rows, 576).bfloat16(), weight)
+    before = before or _status_bytes("RssAnon")
+print(_status_bytes("RssAnon") - before)
+"""
+
+
+def grown(**environment: str) -> tuple[str, int]:
+    """The caches' capacities, and bytes that products of 256 shapes leave in a new process."""
+    kept = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+    code = GROWTH.format(tests=str(Path(__file__).parent))
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True,
+        check=True, timeout=120,
+    )  # fmt: skip
+    capacities, growth = run.stdout.splitlines()
+    return capacities, int(growth)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_products_of_many_shapes_do_not_pile_up() -> None:
+    capacities, growth = grown()
+    assert capacities == "32 32"
+    own, piled = grown(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1000")
+    assert own == "1024 1000"  # a value of the user's stays
+    if piled < 40e6:
+        pytest.skip("torch compiles nothing for these products here")
+    assert growth < piled / 3
