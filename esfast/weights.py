@@ -139,8 +139,8 @@ class Weights(LiveWeights):
         return bool(self._records.active) if self.memory == "lean" else self._perturbed
 
     def perturb(self, member: Member, sigma: float) -> None:
-        """Applies a member: w' = round(w + sign * sigma * eps). An applied one is taken back in the
-        same pass; one of the same noise and the other sign costs no second draw.
+        """Applies a member: w' = round(w + sign * sigma * eps). An applied one is taken back first;
+        on a CPU in the same pass, which draws the noise of two mirrored members once.
 
         sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
         """
