@@ -158,7 +158,7 @@ class Weights(LiveWeights):
             self._core.perturb_recorded(
                 self._records, member.noise_number, member.spec, scale, self.threads
             )
-        except MemoryError:  # before the first weight: the old member is still applied
+        except MemoryError:  # met before the first weight, it leaves the old member applied
             self.restore()
             raise
 

@@ -318,7 +318,7 @@ def test_the_output_matrix_gets_its_input_in_one_piece(tokenizer: Any, monkeypat
 
 
 GROWTH = """
-import ctypes, os, sys
+import os, sys
 import torch
 sys.path.insert(0, {tests!r})
 from tiny_models import byte_tokenizer, llama
