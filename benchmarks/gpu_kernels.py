@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from esfast import ParameterTable, Weights
+from esfast.bench.workload import cuda_seconds
 from esfast.members import Member
 from esfast.provenance import commit
 
@@ -43,13 +44,9 @@ def timed(
     for k in range(warmups + repeats):
         if before is not None:
             before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
+        ms = 1e3 * cuda_seconds(call)
         if k >= warmups:
-            times.append(start.elapsed_time(end))
+            times.append(ms)
     return statistics.median(times)
 
 

@@ -88,7 +88,7 @@ def test_every_kernel_has_a_whole_row() -> None:
 
 
 def test_the_limit_that_binds_is_the_one_that_takes_longer() -> None:
-    """1 ns a byte; 10 ns a value in perturb, 2 ns a value in a large update."""
+    """1 ns a byte; 10 ns a value in perturb, 6 ns a value in a large update: 6 bind."""
     target = _core.target()
     buffer = Case("bandwidth", "none", "bfloat16", "buffer")
     cached = Case(CYCLE, "gaussian", "bfloat16", CACHE, 1, target)
@@ -97,20 +97,20 @@ def test_the_limit_that_binds_is_the_one_that_takes_longer() -> None:
         Timing(buffer, "read-modify-write", 1000, 4e-6),  # 4 B a parameter
         Timing(buffer, "read", 1000, 1e-6),
         Timing(cached, "perturb", 1000, 10e-6),
-        Timing(replace(cached, kernel=UPDATE, population=128), UPDATE, 1000, 256e-6),
+        Timing(replace(cached, kernel=UPDATE, population=128), UPDATE, 1000, 768e-6),
         Timing(Case(CYCLE, "gaussian", "bfloat16", "lean", 1, target), "perturb", 1000, 20e-6),
         Timing(Case(CYCLE, "gaussian", "bfloat16", "shadow", 1, target), "restore", 1000, 5e-6),
-        Timing(Case(UPDATE, "gaussian", "bfloat16", "lean", 30, target), UPDATE, 1000, 90e-6),
+        Timing(Case(UPDATE, "gaussian", "bfloat16", "lean", 30, target), UPDATE, 1000, 240e-6),
         Timing(Case("checksum", "none", "bfloat16", "lean", 1, target), "checksum", 1000, 2e-6),
     ]
     perturb, restore, update, checksum = rows_of(timings, stamp())[5:]
     assert (perturb.limit, perturb.share_of_issue, perturb.share_of_bandwidth) == (
         "issue",
-        0.5,
+        0.3,
         0.2,
     )
     assert (restore.limit, restore.share_of_limit) == ("bandwidth", 0.8)
-    assert (update.limit, update.share_of_limit) == ("issue", pytest.approx(60 / 90, 0.001))
+    assert (update.limit, update.share_of_limit) == ("issue", pytest.approx(180 / 240, 0.001))
     assert (checksum.limit, checksum.share_of_limit) == ("bandwidth", 0.5)
     assert Limits(timings).bytes_per_second("perturb") == pytest.approx(1e9)
 

@@ -1,9 +1,9 @@
 """Rows: a kernel's time beside the limit that binds it and beside its peer; CSV and JSON.
 
 The bandwidth limit is the faster of copy and read-modify-write, of the checksum read. The issue
-limit is the rate at which the same noise is made where memory costs next to nothing: perturb's for
-perturb and restore, the faster of perturb's and update's for an update. Of the two times that they
-give, the longer one binds; share_of_limit = that time / the measured one.
+limit is the rate at which the same noise is made where memory costs next to nothing, the faster of
+perturb's and update's. Of the two times that they give, the longer one binds; share_of_limit = that
+time / the measured one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from esfast.bench.workload import (
     EXCHANGE,
     MIRROR,
     TORCH,
-    UPDATE,
     Case,
 )
 from esfast.errors import DataError
@@ -82,11 +81,11 @@ class Limits:
             for t in timings
             if t.case.memory == BUFFER
         }
-        self._draws = {
-            (t.case.target, t.case.noise, t.kernel): rate(t, drawn(t.case, t.kernel))
-            for t in timings
-            if t.case.memory == CACHE
-        }
+        self._draws: dict[tuple[str, str], float] = {}
+        for t in timings:
+            if t.case.memory == CACHE:
+                key, found = (t.case.target, t.case.noise), rate(t, drawn(t.case, t.kernel))
+                self._draws[key] = max(found, self._draws.get(key, 0.0))
 
     def bytes_per_second(self, kernel: str) -> float:
         """The bandwidth that binds a kernel."""
@@ -94,11 +93,9 @@ class Limits:
             return self._bytes["read"]
         return max(self._bytes[name] for name in ("copy", "read-modify-write"))
 
-    def draws_per_second(self, case: Case, kernel: str) -> float:
-        """The rate at which a kernel's noise can be made; infinite where there is none."""
-        kinds = ("perturb", UPDATE) if kernel == UPDATE else ("perturb",)
-        found = [self._draws.get((case.target, case.noise, kind)) for kind in kinds]
-        return max((value for value in found if value), default=float("inf"))
+    def draws_per_second(self, case: Case) -> float:
+        """The rate at which a case's noise can be made; infinite where there is none."""
+        return self._draws.get((case.target, case.noise), float("inf"))
 
     def seconds(self, timing: Timing) -> dict[str, float]:
         """The least time that each limit allows, by its name."""
@@ -106,7 +103,7 @@ class Limits:
         nbytes, draws = moved(case, kernel) * timing.parameters, drawn(case, kernel)
         out = {"bandwidth": nbytes / self.bytes_per_second(kernel)}
         if draws:
-            out["issue"] = draws * timing.parameters / self.draws_per_second(case, kernel)
+            out["issue"] = draws * timing.parameters / self.draws_per_second(case)
         return out
 
 
