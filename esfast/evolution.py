@@ -13,7 +13,8 @@ generation is on disk before the weights move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from esfast.anchor import Anchor
-from esfast.errors import StateError
+from esfast.errors import ConfigError, StateError
+from esfast.interrupts import Interrupts
 from esfast.journal import JournalWriter
 from esfast.journal_format import GenerationRecord, merged
 from esfast.live_weights import LiveWeights
-from esfast.members import Member
+from esfast.member_loop import MemberLoop, Steps, forget_iterated
+from esfast.members import Member, whole
 from esfast.parameters import ParameterTable
 from esfast.strategy import Strategy, StrategyConfig
 from esfast.update import UpdateReport
@@ -90,24 +93,41 @@ class EvolutionStrategy:
         """The settings that the result depends on."""
         return self.strategy.config
 
-    def population(self, dealt: Iterable[int] | None = None) -> Iterator[Member]:
+    def population(self, dealt: Iterable[int] | None = None) -> MemberLoop:
         """The members of this generation; while one is yielded, the weights are that member's.
 
         dealt: the numbers of those to take, one at a time, where workers share a population.
         Leaving the loop (break, exception, Ctrl-C) restores the weights; so does `step`.
+        StateError where the loop goes on after a `step` or another loop began inside it.
         """
+        return MemberLoop(self._members(dealt))
+
+    def _members(self, dealt: Iterable[int] | None) -> Steps:
+        forget_iterated(sys._getframe(1))
         self._loop = loop = object()  # a loop that is collected late must leave a newer one alone
+        generation = self.generation
         try:
-            members = self.strategy.members(self.generation)
+            members = self.strategy.members(generation)
             for number in range(len(members)) if dealt is None else dealt:
-                self.weights.perturb(members[number], self.config.sigma)
-                yield members[number]
+                member = _member_of(members, number)
+                self._require_alone(loop, generation)
+                self.weights.perturb(member, self.config.sigma)
+                yield member
         finally:
             try:
                 self._leave(loop)
             except BaseException:  # a Ctrl-C that falls between this block and its restore
                 self._leave(loop)
                 raise
+
+    def _require_alone(self, loop: object, generation: int) -> None:
+        if self.generation == generation and self._loop is loop:
+            return
+        met = "a step was made" if self.generation != generation else "another one was begun"
+        raise StateError(
+            f"{met} inside a loop over population(), so its next member would not be what was "
+            "asked for. Finish one loop, then step."
+        )
 
     def _leave(self, loop: object) -> None:
         if self._loop is loop:
@@ -119,14 +139,17 @@ class EvolutionStrategy:
         rewards: one a member in the order of population(), or [population, prompts] with
         group_centered shaping; failed: how many of them stand in for rewards that failed, for the
         journal. Errors leave weights and generation as they were (DataError, for one, of rewards);
-        a journal, where there is one, has the generation before the weights move.
+        a journal, where there is one, has the generation before the weights move. A Ctrl-C that
+        comes while they move is raised after all of it is done.
         """
         record = self.decide(rewards, nan, failed)
-        if self.journal is not None:
-            self.journal.append(record)
         members = tuple(self.strategy.members(self.generation))
-        report = self.apply(record)
         coefficients = self.strategy.coefficients(rewards, nan)
+        with Interrupts(moving=True) as interrupts:
+            if self.journal is not None:
+                self.journal.append(record)
+            report = self.apply(record)
+            interrupts.rest()
         return StepReport(record.generation, members, coefficients, report.saturated)
 
     def decide(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> GenerationRecord:
@@ -154,19 +177,31 @@ class EvolutionStrategy:
 
     def apply(self, record: GenerationRecord) -> UpdateReport:
         """Moves the weights by a record of this generation: `decide`'s, a journal's, or another
-        worker's. StateError for one of another generation."""
+        worker's. StateError for one of another generation. A Ctrl-C waits for the end of it."""
         if record.generation != self.generation:
             raise StateError(
                 f"a record of generation {record.generation} was given to a run at generation "
                 f"{self.generation}; apply a journal's records in order, each once."
             )
-        report = self.weights.update(
-            record.terms(self.config),
-            record.coefficients,
-            decay=record.decay,
-            alpha=record.alpha,
-            rounding=self.config.rounding,
-            seed=self.strategy.generation_seed(self.generation),
-        )
-        self.generation += 1
+        with Interrupts(moving=True) as interrupts:
+            report = self.weights.update(
+                record.terms(self.config),
+                record.coefficients,
+                decay=record.decay,
+                alpha=record.alpha,
+                rounding=self.config.rounding,
+                seed=self.strategy.generation_seed(self.generation),
+            )
+            self.generation += 1
+            interrupts.rest()
         return report
+
+
+def _member_of(members: list[Member], number: int) -> Member:
+    place = whole(number)
+    if place is None or not 0 <= place < len(members):
+        raise ConfigError(
+            f"member {number!r} was dealt of a population of {len(members)}; numbers are whole, "
+            f"from 0 to {len(members) - 1}."
+        )
+    return members[place]

@@ -16,15 +16,18 @@ from typing import Any
 @dataclass
 class Interrupts:
     """Ctrl-C at once, or where the weights are being moved once they rest; a context manager. A
-    second Ctrl-C does not wait: `moving` then says that the weights are not whole."""
+    second Ctrl-C does not wait: `moving` then says that the weights are not whole. What it does is
+    what the handler from before does: by default it raises KeyboardInterrupt."""
 
     moving: bool = False
     asked: bool = False
     _before: Any = field(default=None, repr=False)
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._take)
+        before = signal.getsignal(signal.SIGINT)  # not callable where Ctrl-C is ignored, or kills
+        if threading.current_thread() is threading.main_thread() and callable(before):
+            self._before = before
+            signal.signal(signal.SIGINT, self._take)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,10 +37,11 @@ class Interrupts:
     def _take(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
         if again or not self.moving:
-            raise KeyboardInterrupt
+            self._before(number, frame)
 
     def rest(self) -> None:
-        """The weights are whole from here on. Raises KeyboardInterrupt where one was asked for."""
+        """The weights are whole from here on. Does now what a Ctrl-C meanwhile asked for."""
         self.moving = False
-        if self.asked:
-            raise KeyboardInterrupt
+        asked, self.asked = self.asked, False
+        if asked:
+            self._before(signal.SIGINT, None)
