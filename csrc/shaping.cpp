@@ -28,36 +28,47 @@ std::vector<double> tied_ranks(const double* x, size_t count) {
   return ranks;
 }
 
-double mean_of(const double* x, size_t count) {
+double power_of_two_below(const double* x, size_t count) {
+  double most = 0.0;
+  for (size_t i = 0; i < count; ++i) most = std::max(most, std::fabs(x[i]));
+  int exponent = 0;
+  std::frexp(most, &exponent);
+  return std::ldexp(1.0, std::min(-exponent, 1000));
+}
+
+double mean_of(const double* x, size_t count, double unit) {
   double sum = 0.0;
-  for (size_t i = 0; i < count; ++i) sum += x[i];
+  for (size_t i = 0; i < count; ++i) sum += x[i] * unit;
   return sum / static_cast<double>(count);
 }
 
-double deviation_of(const double* x, size_t count, double mean) {
+double deviation_of(const double* x, size_t count, double unit, double mean) {
   double sum = 0.0;
-  for (size_t i = 0; i < count; ++i) sum += (x[i] - mean) * (x[i] - mean);
+  for (size_t i = 0; i < count; ++i) sum += (x[i] * unit - mean) * (x[i] * unit - mean);
   return std::sqrt(sum / static_cast<double>(count));
 }
 
-void standardise(const double* x, size_t count, double floor, double* out) {
+// Zeros where the deviation is not above `least`.
+void standardise(const double* x, size_t count, double floor, double least, double* out) {
   if (all_equal(x, count)) {
     std::fill(out, out + count, 0.0);
     return;
   }
-  const double mean = mean_of(x, count), scale = deviation_of(x, count, mean) + floor;
-  for (size_t i = 0; i < count; ++i) out[i] = scale > 0.0 ? (x[i] - mean) / scale : 0.0;
+  const double unit = power_of_two_below(x, count), mean = mean_of(x, count, unit);
+  const double scale = deviation_of(x, count, unit, mean) + floor * unit;
+  for (size_t i = 0; i < count; ++i)
+    out[i] = scale > least * unit ? (x[i] * unit - mean) / scale : 0.0;
 }
 
 }  // namespace
 
 void shape_rank(const double* rewards, size_t count, double* fitness) {
   const std::vector<double> ranks = tied_ranks(rewards, count);
-  standardise(ranks.data(), count, 0.0, fitness);
+  standardise(ranks.data(), count, 0.0, 0.0, fitness);
 }
 
 void shape_z_score(const double* rewards, size_t count, double* fitness) {
-  standardise(rewards, count, 1e-8, fitness);
+  standardise(rewards, count, 1e-8, 0.0, fitness);
 }
 
 void shape_centered_rank(const double* rewards, size_t count, double* fitness) {
@@ -76,10 +87,11 @@ void shape_group(const double* rewards, size_t population, size_t prompts, doubl
   std::vector<double> column(population), scaled(population), sums(population, 0.0);
   for (size_t p = 0; p < prompts; ++p) {
     for (size_t n = 0; n < population; ++n) column[n] = rewards[n * prompts + p];
-    standardise(column.data(), population, 0.0, scaled.data());
+    standardise(column.data(), population, 0.0, 0.0, scaled.data());
     for (size_t n = 0; n < population; ++n) sums[n] += scaled[n];
   }
-  standardise(sums.data(), population, 0.0, fitness);
+  const double noise = kGroupNoise * static_cast<double>(prompts);
+  standardise(sums.data(), population, 0.0, noise, fitness);
 }
 
 }  // namespace esfast

@@ -7,11 +7,17 @@
 //   group          per prompt over the population, (r - mean) / std, then the mean over prompts,
 //                  scaled to unit variance
 // Rewards that are all equal give zeros with every method: such a generation has nothing to say.
+// So do members whose sums over prompts differ by no more than those sums' rounding. Moments are
+// taken of rewards times a power of two that brings the largest below 1: that rounds nothing, and
+// squares of 1e200 and of 1e-200 are numbers then.
 #pragma once
 
 #include <cstddef>
 
 namespace esfast {
+
+// Of the sums of `prompts` numbers around 1: 1e4 times the rounding of one.
+constexpr double kGroupNoise = 0x1p-40;
 
 void shape_rank(const double* rewards, size_t count, double* fitness);
 void shape_z_score(const double* rewards, size_t count, double* fitness);

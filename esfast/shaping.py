@@ -8,7 +8,8 @@ raw             the rewards themselves
 group_centered  a [population, prompts] matrix: per prompt (r - mean) / std over the population,
                 then the mean over prompts, scaled to unit variance
 
-Rewards that are all equal give zeros with every method. NaN: `nan="raise"` refuses them, and
+Rewards that are all equal give zeros with every method, and so do sums over prompts that differ by
+their rounding alone. Magnitudes do not matter: the squares of 1e200 do not overflow. NaN: `nan="raise"` refuses them, and
 `nan="worst"` gives them the lowest finite reward (of their prompt), the declared cost of a failure.
 """
 

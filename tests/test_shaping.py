@@ -61,6 +61,31 @@ def test_a_prompt_on_which_all_agree_says_nothing() -> None:
     np.testing.assert_allclose(group_centered(rewards), group_centered(moved), atol=1e-14)
 
 
+@pytest.mark.parametrize("size", range(2, 40))
+def test_members_whose_prompts_add_up_alike_are_equal(size: int) -> None:
+    """Each solves another prompt, or the same number of them: rounding alone tells them apart."""
+    rng = np.random.default_rng(size)
+    assert not group_centered(np.eye(size)).any()
+    rows = np.array([np.roll([0.0, 0.1, 0.3, 1e6], k % 4) for k in range(4 * size)])
+    assert not group_centered(rows[rng.permutation(4 * size)]).any()
+    one_better = np.eye(size)
+    one_better[0, -1] = 0.5
+    assert np.argmax(group_centered(one_better)) == 0
+
+
+@pytest.mark.parametrize("power", [-1060, -900, -300, 300, 900, 1015])
+def test_the_scale_of_rewards_does_not_matter(power: int) -> None:
+    """Whatever their squares would overflow to; a power of two rounds nothing."""
+    rewards = np.random.default_rng(5).integers(-9, 10, (8, 3)).astype(float)
+    scaled = np.ldexp(rewards, power)
+    assert np.isfinite(scaled).all()
+    assert np.array_equal(group_centered(scaled), group_centered(rewards))
+    assert np.array_equal(rank(scaled[:, 0]), rank(rewards[:, 0]))
+    if power > 0:  # below, the 1e-8 of the formula decides
+        want = (rewards[:, 0] - rewards[:, 0].mean()) / rewards[:, 0].std()
+        np.testing.assert_allclose(z_score(scaled[:, 0]), want, rtol=1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e300, 5e-324])
 @pytest.mark.parametrize("size", [1, 2, 3, 30, 97])

@@ -1,6 +1,7 @@
 // Rewards to fitness on the device. Sums run in index order, in double, one thread a sum, so that
 // the bits are the CPU's (shaping.cpp has the same formulas, line by line). A population is
 // thousands of numbers: what counts here is that they need not leave the device.
+#include "../shaping.hpp"
 #include "launch.hpp"
 
 namespace esfast::cuda {
@@ -21,27 +22,37 @@ __device__ __forceinline__ bool all_equal(const double* x, uint64_t count, uint6
 }
 
 struct Moments {
-  double mean, scale;
+  double unit, mean, scale;
   bool equal;
 };
 
+__device__ __forceinline__ double power_of_two_below(const double* x, uint64_t count,
+                                                     uint64_t step) {
+  double most = 0.0;
+  for (uint64_t i = 0; i < count; ++i) most = fmax(most, fabs(x[i * step]));
+  int exponent = 0;
+  frexp(most, &exponent);
+  return ldexp(1.0, min(-exponent, 1000));
+}
+
 __device__ __forceinline__ Moments moments_of(const double* x, uint64_t count, uint64_t step,
-                                              double floor) {
-  Moments m{0.0, 0.0, all_equal(x, count, step)};
+                                              double floor, double least) {
+  Moments m{power_of_two_below(x, count, step), 0.0, 0.0, all_equal(x, count, step)};
   double sum = 0.0;
-  for (uint64_t i = 0; i < count; ++i) sum += x[i * step];
+  for (uint64_t i = 0; i < count; ++i) sum += x[i * step] * m.unit;
   m.mean = sum / static_cast<double>(count);
   sum = 0.0;
   for (uint64_t i = 0; i < count; ++i) {
-    const double d = x[i * step] - m.mean;
+    const double d = x[i * step] * m.unit - m.mean;
     sum += d * d;
   }
-  m.scale = sqrt(sum / static_cast<double>(count)) + floor;
+  m.scale = sqrt(sum / static_cast<double>(count)) + floor * m.unit;
+  m.equal = m.equal || !(m.scale > least * m.unit);
   return m;
 }
 
 __device__ __forceinline__ double standard(double x, const Moments& m) {
-  return m.equal || !(m.scale > 0.0) ? 0.0 : (x - m.mean) / m.scale;
+  return m.equal ? 0.0 : (x * m.unit - m.mean) / m.scale;
 }
 
 // Centred ranks' numerators: how many are less, ties averaged; multiples of one half, exact.
@@ -56,14 +67,15 @@ __global__ void rank_kernel(Matrix m, double* ranks) {
   ranks[i] = 0.5 * static_cast<double>(2 * less + equal - 1);
 }
 
-// One thread a prompt: mean, scale and "all equal" of its column.
+// One thread a prompt: unit, mean, scale and "all equal" of its column.
 __global__ void column_kernel(Matrix m, double* moments) {
   const uint64_t p = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (p >= m.prompts) return;
-  const Moments found = moments_of(m.x + p, m.population, m.prompts, 0.0);
-  moments[3 * p] = found.mean;
-  moments[3 * p + 1] = found.scale;
-  moments[3 * p + 2] = found.equal ? 1.0 : 0.0;
+  const Moments found = moments_of(m.x + p, m.population, m.prompts, 0.0, 0.0);
+  moments[4 * p] = found.unit;
+  moments[4 * p + 1] = found.mean;
+  moments[4 * p + 2] = found.scale;
+  moments[4 * p + 3] = found.equal ? 1.0 : 0.0;
 }
 
 // One thread a member: its standardised rewards summed in the order of the prompts.
@@ -72,15 +84,16 @@ __global__ void group_sum_kernel(Matrix m, const double* moments, double* sums) 
   if (n >= m.population) return;
   double sum = 0.0;
   for (uint64_t p = 0; p < m.prompts; ++p)
-    sum += standard(m.x[n * m.prompts + p],
-                    {moments[3 * p], moments[3 * p + 1], moments[3 * p + 2] != 0.0});
+    sum += standard(m.x[n * m.prompts + p], {moments[4 * p], moments[4 * p + 1], moments[4 * p + 2],
+                                             moments[4 * p + 3] != 0.0});
   sums[n] = sum;
 }
 
 // One block: the first thread takes the moments, all scale.
-__global__ void standardise_kernel(const double* x, uint64_t count, double floor, double* out) {
+__global__ void standardise_kernel(const double* x, uint64_t count, double floor, double least,
+                                   double* out) {
   __shared__ Moments m;
-  if (threadIdx.x == 0) m = moments_of(x, count, 1, floor);
+  if (threadIdx.x == 0) m = moments_of(x, count, 1, floor, least);
   __syncthreads();
   for (uint64_t i = threadIdx.x; i < count; i += blockDim.x) out[i] = standard(x[i], m);
 }
@@ -109,7 +122,7 @@ cudaError_t load_shaping() {
 }
 
 uint64_t shape_doubles(uint64_t population, uint64_t prompts) {
-  return population + 3 * prompts;
+  return population + 4 * prompts;
 }
 
 Status shape(Shaping shaping, int device, uint64_t stream, uint64_t rewards, uint64_t population,
@@ -126,10 +139,10 @@ Status shape(Shaping shaping, int device, uint64_t stream, uint64_t rewards, uin
   switch (shaping) {
     case Shaping::rank:
       rank_kernel<<<blocks, kThreads, 0, queue>>>(m, scores);
-      standardise_kernel<<<1, kThreads, 0, queue>>>(scores, population, 0.0, out);
+      standardise_kernel<<<1, kThreads, 0, queue>>>(scores, population, 0.0, 0.0, out);
       break;
     case Shaping::z_score:
-      standardise_kernel<<<1, kThreads, 0, queue>>>(m.x, population, 1e-8, out);
+      standardise_kernel<<<1, kThreads, 0, queue>>>(m.x, population, 1e-8, 0.0, out);
       break;
     case Shaping::centered_rank:
       rank_kernel<<<blocks, kThreads, 0, queue>>>(m, scores);
@@ -141,7 +154,8 @@ Status shape(Shaping shaping, int device, uint64_t stream, uint64_t rewards, uin
     case Shaping::group_centered:
       column_kernel<<<blocks_for(prompts), kThreads, 0, queue>>>(m, scores + population);
       group_sum_kernel<<<blocks, kThreads, 0, queue>>>(m, scores + population, scores);
-      standardise_kernel<<<1, kThreads, 0, queue>>>(scores, population, 0.0, out);
+      standardise_kernel<<<1, kThreads, 0, queue>>>(
+          scores, population, 0.0, kGroupNoise * static_cast<double>(prompts), out);
       break;
   }
   return status_of(cudaGetLastError(), "shaping");
