@@ -25,9 +25,9 @@ std::vector<Term> merge(Noise noise, const std::vector<MemberSpec>& members,
   std::vector<Term> terms;
   for (size_t n = 0; n < members.size();) {
     const MemberSpec& first = members[n];
-    double sum = 0.0;
-    for (; n < members.size() && members[n].seed == first.seed &&
-           (noise != Noise::hadamard || members[n].index == first.index);
+    double sum = first.sign * coefficients[n];  // not 0 + that, which would lose the sign of -0
+    for (++n; n < members.size() && members[n].seed == first.seed &&
+              (noise != Noise::hadamard || members[n].index == first.index);
          ++n)
       sum += members[n].sign * coefficients[n];
     terms.push_back({first, static_cast<float>(sum)});

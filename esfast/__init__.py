@@ -33,8 +33,9 @@ from esfast.evolution import EvolutionStrategy, StepReport
 from esfast.journal import read_journal
 from esfast.live_weights import MemoryUse
 from esfast.members import Member, generation_seed, member_seed, noise
-from esfast.parameters import ParameterTable, Segment
+from esfast.parameters import ParameterTable
 from esfast.replay import keep_journal
+from esfast.segments import Segment
 from esfast.strategy import AnchoredDecay, Strategy, StrategyConfig
 from esfast.update import UpdateReport
 from esfast.weights import Weights

@@ -24,7 +24,8 @@ import torch
 
 from esfast.checkpoint import weight_files
 from esfast.errors import DataError, ParameterError, StateError
-from esfast.parameters import DTYPES, ParameterTable
+from esfast.parameters import ParameterTable
+from esfast.segments import DTYPES
 
 _FORMATS = {"F32": (0, 4), "BF16": (1, 2), "F16": (2, 2)}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors format itself

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from esfast.errors import ConfigError, DataError, EsfastError
-from esfast.parameters import Segment
 from esfast.resources import require_disk
+from esfast.segments import Segment
 from esfast.whole_file import sync
 
 INDEX = "model.safetensors.index.json"

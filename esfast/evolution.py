@@ -83,6 +83,11 @@ class EvolutionStrategy:
             if (memory, anchor, threads) != ("lean", None, None):
                 raise TypeError("memory, anchor and threads are settings of the live weights given")
             return model
+        if not isinstance(model, (torch.nn.Module, ParameterTable)):
+            raise ConfigError(
+                f"EvolutionStrategy got a {type(model).__name__}; give a torch module, or "
+                "ParameterTable.from_tensors({name: tensor})."
+            )
         table = model if isinstance(model, ParameterTable) else ParameterTable.from_module(model)
         if self.config.decay is not None and anchor is None:
             anchor = Anchor.in_memory(table)

@@ -128,10 +128,12 @@ def merged(
     sums: list[float] = []
     for member, coefficient in zip(members, coefficients, strict=True):
         plain = Member(member.seed, 1, member.noise, member.index)
-        if not terms or terms[-1] != plain:
+        value = member.sign * float(coefficient)
+        if terms and terms[-1] == plain:
+            sums[-1] += value
+        else:
             terms.append(plain)
-            sums.append(0.0)
-        sums[-1] += member.sign * float(coefficient)
+            sums.append(value)
     with np.errstate(over="ignore"):
         return terms, np.array(sums, dtype=np.float64).astype(np.float32)
 

@@ -81,13 +81,28 @@ class Member:
         return NOISES.index(self.noise)
 
 
+def require_member(value: object) -> Member:
+    """`value`, a Member; ConfigError for anything else."""
+    if not isinstance(value, Member):
+        raise ConfigError(f"a member is {value!r}; make it with esfast.Member(seed, sign).")
+    return value
+
+
 def tensor_id(name: str) -> int:
     """The 32-bit id of a canonical tensor name: the first four bytes of its SHA-256."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
 
 
 def member_seed(run_seed: int, generation: int, member: int) -> int:
-    """The 64-bit seed of one member of one generation, derived by Philox, never drawn."""
+    """The 64-bit seed of one member of one generation, derived by Philox, never drawn.
+
+    run_seed, generation: 64 bits; member: 32. ConfigError for others.
+    """
+    numbers = {"run seed": (run_seed, 64), "generation": (generation, 64), "member": (member, 32)}
+    for what, (value, bits) in numbers.items():
+        number = whole(value)
+        if number is None or not 0 <= number < 2**bits:
+            raise ConfigError(f"the {what} is {value!r}; it is an integer from 0 to 2**{bits} - 1.")
     return int(_core.derive_seed(run_seed, generation, member))
 
 
@@ -102,11 +117,14 @@ def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0)
     name: canonical tensor name; shape: of the result; first: logical (row-major) index of its first
     element. Returns float32 of `shape`, mean 0 and variance 1, bit-equal on every target.
     """
-    dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
-    if any(n < 0 for n in dimensions) or not 0 <= first < 2**64:
+    given = shape if isinstance(shape, Sequence) else (shape,)
+    dimensions, start = [whole(n) for n in given], whole(first)
+    sizes = [n for n in dimensions if n is not None and n >= 0]
+    if len(sizes) < len(dimensions) or start is None or not 0 <= start < 2**64:
         raise ConfigError(
-            f"noise was asked for shape {dimensions} from index {first}; both are non-negative."
+            f"noise was asked for shape {shape!r} from index {first!r}; both are whole numbers "
+            "from 0 on."
         )
-    count = math.prod(dimensions)
-    values = _core.reveal(member.noise_number, member.spec, tensor_id(name), first, count)
-    return np.asarray(values).reshape(dimensions)
+    spec, number = require_member(member).spec, member.noise_number
+    values = _core.reveal(number, spec, tensor_id(name), start, math.prod(sizes))
+    return np.asarray(values).reshape(sizes)

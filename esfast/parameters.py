@@ -22,30 +22,8 @@ from esfast.errors import ParameterError
 from esfast.held_tensors import HeldTensors
 from esfast.journal_format import TensorSpec
 from esfast.members import tensor_id
+from esfast.segments import DTYPES, Segment, check_segments
 from esfast.stored_names import require_live, stored_tensors
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A view that holds canonical[start : start + tensor.shape] of the tensor called `name`.
-
-    shape: of the canonical tensor; tensor: a view of float32, float16 or bfloat16, any strides;
-    start: first canonical index along each dimension (zeros when left out); counted: whether a
-    checksum counts it, False where another worker's segment of the same elements is counted.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    tensor: torch.Tensor
-    start: tuple[int, ...] = ()
-    counted: bool = True
-
-    @property
-    def origin(self) -> tuple[int, ...]:
-        """`start`, with zeros where it was left out."""
-        return tuple(self.start) or (0,) * len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -105,156 +83,6 @@ def _pieces(number: int, segment: Segment) -> list[Piece]:
     return pieces
 
 
-def _check_tensor(segment: Segment) -> None:
-    name, tensor = segment.name, segment.tensor
-    if not isinstance(name, str):
-        raise ParameterError(f"a tensor's name is {name!r}; give the checkpoint's name, a string.")
-    if not isinstance(tensor, torch.Tensor):
-        raise ParameterError(f"'{name}' is a {type(tensor).__name__}; give torch tensors.")
-    if tensor.dtype not in DTYPES:
-        raise ParameterError(
-            f"'{name}' is {str(tensor.dtype).removeprefix('torch.')}; supported: float32, float16, "
-            "bfloat16. Cast it, or exclude it with exclude=[...]."
-        )
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise ParameterError(
-            f"'{name}' is on the meta device or not strided ({tensor.layout}); its elements have "
-            "no addresses to edit. Load its weights first, or exclude it with exclude=[...]."
-        )
-    _check_device(name, tensor.device)
-    if tensor.is_conj() or tensor.is_neg():
-        raise ParameterError(f"'{name}' is a lazily negated view; call .resolve_neg() first.")
-
-
-def _check_device(name: str, device: torch.device) -> None:
-    kernels = getattr(_core, "cuda", None) is not None
-    if device.type == "cpu" or (device.type == "cuda" and kernels):
-        return
-    edits = "the CPU and CUDA devices" if kernels else "the CPU only (nvcc was not found)"
-    raise ParameterError(
-        f"'{name}' is on {device}; this build edits tensors on {edits}. Move the model with "
-        ".to('cpu'), or install esfast where it can build its CUDA kernels."
-    )
-
-
-def _check_one_device(segments: Sequence[Segment]) -> None:
-    first = segments[0]
-    for segment in segments:
-        if segment.tensor.device != first.tensor.device:
-            raise ParameterError(
-                f"'{segment.name}' is on {segment.tensor.device} and '{first.name}' on "
-                f"{first.tensor.device}; make a table a device (their checksums add up)."
-            )
-
-
-def _check_box(segment: Segment) -> None:
-    shape, start, extent = segment.shape, segment.origin, tuple(segment.tensor.shape)
-    if len(shape) == len(start) == len(extent) and all(
-        a >= 0 and a + n <= full for a, n, full in zip(start, extent, shape, strict=True)
-    ):
-        return
-    raise ParameterError(
-        f"'{segment.name}': a view of shape {extent} at {start} does not lie inside the canonical "
-        f"shape {tuple(shape)}. Give `shape` and `start` as the checkpoint's tensor has them."
-    )
-
-
-def _check_names(segments: Sequence[Segment]) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    ids: dict[int, str] = {}
-    for segment in segments:
-        if shapes.setdefault(segment.name, tuple(segment.shape)) != tuple(segment.shape):
-            raise ParameterError(
-                f"'{segment.name}' has segments of canonical shapes {shapes[segment.name]} and "
-                f"{tuple(segment.shape)}; all segments of a tensor share one."
-            )
-        other = ids.setdefault(tensor_id(segment.name), segment.name)
-        if other != segment.name:
-            raise ParameterError(
-                f"'{segment.name}' and '{other}' have the same 32-bit id and would share their "
-                "noise; rename one of them."
-            )
-
-
-def _boxes_meet(a: Segment, b: Segment) -> bool:
-    return all(
-        i < j + m and j < i + n
-        for i, n, j, m in zip(a.origin, a.tensor.shape, b.origin, b.tensor.shape, strict=True)
-    )
-
-
-def _check_canonical_overlap(segments: Sequence[Segment]) -> None:
-    by_name: dict[str, list[Segment]] = {}
-    for segment in segments:
-        for other in by_name.setdefault(segment.name, []):
-            if _boxes_meet(segment, other):
-                raise ParameterError(
-                    f"'{segment.name}' is given twice for the same canonical elements (at "
-                    f"{segment.origin} and {other.origin}); give each element once."
-                )
-        by_name[segment.name].append(segment)
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _overlap_inside(segments: Sequence[Segment]) -> Segment | None:
-    """The first segment that shares a byte with an earlier one, or with itself, counted exactly."""
-    low = min(_extent(s.tensor)[0] for s in segments)
-    high = max(_extent(s.tensor)[1] for s in segments)
-    taken = np.zeros(high - low, dtype=bool)
-    for segment in segments:
-        size = segment.tensor.element_size()
-        view = np.lib.stride_tricks.as_strided(
-            taken[segment.tensor.data_ptr() - low :],
-            shape=(*segment.tensor.shape, size),
-            strides=(*(s * size for s in segment.tensor.stride()), 1),
-        )
-        before = int(np.count_nonzero(taken))
-        if view.any():
-            return segment
-        view[...] = True
-        if int(np.count_nonzero(taken)) - before != view.size:
-            return segment
-    return None
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether the strides alone prove that no two elements share memory."""
-    reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return False
-            reach += (size - 1) * step
-    return True
-
-
-def _check_memory_overlap(segments: Sequence[Segment]) -> None:
-    """Refuses segments that share memory. Only groups whose address ranges meet are counted out."""
-    filled = [s for s in segments if s.tensor.numel()]
-    filled.sort(key=lambda s: _extent(s.tensor))
-    group: list[Segment] = []
-    end = 0
-    for segment in [*filled, None]:
-        if segment is not None and group and _extent(segment.tensor)[0] < end:
-            group.append(segment)
-        else:
-            dense = len(group) == 1 and _dense(group[0].tensor)
-            shared = None if dense or not group else _overlap_inside(group)
-            if shared is not None:
-                raise ParameterError(
-                    f"'{shared.name}' shares memory with itself or another tensor of the table, so "
-                    "an element would be edited twice. Give tied weights once, under the name that "
-                    "the checkpoint stores, and expanded views as their own storage."
-                )
-            group, end = ([segment] if segment is not None else []), 0
-        if segment is not None:
-            end = max(end, _extent(segment.tensor)[1])
-
-
 def _selected(name: str, include: Iterable[str] | None, exclude: Iterable[str] | None) -> bool:
     wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
@@ -276,13 +104,7 @@ class ParameterTable:
                 "the parameter table is empty; give it at least one tensor (do include= and "
                 "exclude= leave any?)."
             )
-        for segment in self.segments:
-            _check_tensor(segment)
-            _check_box(segment)
-        _check_one_device(self.segments)
-        _check_names(self.segments)
-        _check_canonical_overlap(self.segments)
-        _check_memory_overlap(self.segments)
+        check_segments(self.segments)
         self._held = HeldTensors((s.name, s.tensor) for s in self.segments)
         numbered = enumerate(self.segments)
         self.pieces = tuple(piece for i, s in numbered for piece in _pieces(i, s))
@@ -294,6 +116,11 @@ class ParameterTable:
             raise ParameterError(
                 f"a {type(tensors).__name__} was given; give a dict of tensors by name: the noise "
                 "of a tensor is a function of its name."
+            )
+        lazy = [name for name, tensor in tensors.items() if torch.nn.parameter.is_lazy(tensor)]
+        if lazy:
+            raise ParameterError(
+                f"'{lazy[0]}' has no shape yet (a lazy module); run the model on an input first."
             )
         return cls(Segment(name, tuple(getattr(t, "shape", ())), t) for name, t in tensors.items())
 

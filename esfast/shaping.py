@@ -9,8 +9,9 @@ group_centered  a [population, prompts] matrix: per prompt (r - mean) / std over
                 then the mean over prompts, scaled to unit variance
 
 Rewards that are all equal give zeros with every method, and so do sums over prompts that differ by
-their rounding alone. Magnitudes do not matter: the squares of 1e200 do not overflow. NaN: `nan="raise"` refuses them, and
-`nan="worst"` gives them the lowest finite reward (of their prompt), the declared cost of a failure.
+their rounding alone. Magnitudes do not matter: the squares of 1e200 do not overflow. NaN:
+`nan="raise"` refuses them, and `nan="worst"` gives them the lowest finite reward (of their prompt),
+the declared cost of a failure.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def as_rewards(rewards: ArrayLike) -> np.ndarray:
     """The rewards as float64. DataError where they are not numbers in a regular array."""
     try:
         given = np.asarray(rewards)
-        if given.dtype.kind in "US":
-            raise TypeError("there is text among them")
+        if given.dtype.kind not in "biufO":
+            raise TypeError(f"numpy calls them {given.dtype}")
         return np.array(given, dtype=np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # torch's is the last
         raise DataError(

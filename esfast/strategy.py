@@ -140,6 +140,8 @@ class StrategyConfig:
                 f"population_size is {self.population_size!r}; it is 2 to {MOST_MEMBERS}: one "
                 "member alone has nothing to be compared with."
             )
+        if not isinstance(self.antithetic, (bool, np.bool_)):
+            raise ConfigError(f"antithetic is {self.antithetic!r}; it is True or False.")
         if self.antithetic and size % 2:
             raise ConfigError(
                 f"population_size is {self.population_size} with antithetic pairs; make it even."
@@ -147,6 +149,7 @@ class StrategyConfig:
         if seed is None or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1.")
         object.__setattr__(self, "population_size", size)
+        object.__setattr__(self, "antithetic", bool(self.antithetic))
         object.__setattr__(self, "seed", seed)
 
 

@@ -8,7 +8,6 @@ anchor, their tensors) is checked where they lie.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from esfast.errors import ConfigError
-from esfast.members import Member
-from esfast.strategy import ROUNDINGS, AnchoredDecay
+from esfast.members import Member, require_member, whole
+from esfast.strategy import ROUNDINGS, AnchoredDecay, real
 
+_LARGEST = float(np.finfo(np.float32).max)
 _DECAY_NUMBERS = {"l1": 1, "l2": 2}
 
 
@@ -47,30 +47,36 @@ class Update:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.coefficients, dtype=np.float64)
-        _check_coefficients(values, len(self.members))
-        _check_kinds(self.members)
+        members = tuple(map(require_member, self.members))
+        values = _as_coefficients(self.coefficients)
+        _check_coefficients(values, len(members))
+        _check_kinds(members)
         if self.rounding not in ROUNDINGS:
             raise ConfigError(
                 f"rounding {self.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}."
             )
-        if not 0 <= self.seed < 2**64:
+        seed = whole(self.seed)
+        if seed is None or not 0 <= seed < 2**64:
             raise ConfigError(
                 f"the rounding seed is {self.seed!r}; it is an integer from 0 to 2**64 - 1."
             )
         self.pull()
-        object.__setattr__(self, "members", tuple(self.members))
+        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "members", members)
         object.__setattr__(self, "coefficients", tuple(values.tolist()))
 
     def pull(self) -> tuple[int, float]:
         """The core's number of the decay, 0 for none, and its strength."""
         if self.decay is None:
             return 0, 0.0
-        if self.alpha is None or not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not isinstance(self.decay, AnchoredDecay):
+            raise ConfigError(f"decay is {self.decay!r}; give such as AnchoredDecay('l2', 10.0).")
+        alpha = real(self.alpha)
+        if alpha is None or not alpha > 0:
             raise ConfigError(
                 f"decay acts with alpha * lambda, and alpha is {self.alpha!r}; pass alpha=."
             )
-        return _DECAY_NUMBERS[self.decay.kind], self.decay.strength(self.alpha)
+        return _DECAY_NUMBERS[self.decay.kind], self.decay.strength(alpha)
 
     def record(self) -> dict[str, Any]:
         """Numbers and texts alone, as JSON holds them."""
@@ -86,17 +92,31 @@ class Update:
         return cls(**{**record, "members": members, "decay": decay})
 
 
+def _as_coefficients(given: Sequence[float] | np.ndarray) -> np.ndarray:
+    values = np.asarray(given)
+    if values.dtype.kind not in "biuf":
+        raise ConfigError(f"the coefficients are no numbers (numpy calls them {values.dtype}).")
+    return values.astype(np.float64)
+
+
 def _check_coefficients(values: np.ndarray, members: int) -> None:
     if values.shape != (members,):
         raise ConfigError(
             f"{members} members and coefficients of shape {values.shape} were given; give "
             "one coefficient a member."
         )
-    finite = np.isfinite(values.astype(np.float32))
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(values.astype(np.float32))
     if not finite.all():
         raise ConfigError(
             f"coefficient {int(np.argmin(finite))} is not a finite fp32 number; check the rewards "
             "before shaping them."
+        )
+    total = float(np.abs(values).sum())  # no sum of some of them, a pair's for one, is larger
+    if not total <= _LARGEST:
+        raise ConfigError(
+            f"the magnitudes of the coefficients add up to {total:g}; expected at most "
+            f"{_LARGEST:g}, since fp32 holds sums of them. Lower alpha, or scale the rewards."
         )
 
 

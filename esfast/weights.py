@@ -27,15 +27,16 @@ from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
 from esfast.journal_format import TensorSpec
 from esfast.live_weights import LiveWeights, MemoryUse
-from esfast.members import Member
+from esfast.members import Member, require_member
 from esfast.parameters import ParameterTable
 from esfast.resources import available_memory, readable, usable_cores
+from esfast.strategy import real
 from esfast.update import Update, UpdateReport
 
 MEMORIES = ("lean", "shadow", "master")
 MOST_THREADS = 1024
 _SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127  # of fp32
-_SAMPLE_STRIDE = 16  # every 16th chunk tells the size of lean's records to a few per cent
+_SAMPLE_STRIDE = 16  # one chunk in 16 tells the size of lean's records to a few per cent
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -47,9 +48,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _scale(sign: int, sigma: float) -> float:
-    if not _SMALLEST <= sigma <= _LARGEST:
+    value = real(sigma)
+    if value is None or not _SMALLEST <= value <= _LARGEST:
         raise ConfigError(f"sigma is {sigma!r}; it is a positive number that fp32 can hold.")
-    return sign * float(sigma)  # the core rounds it to fp32
+    return sign * value  # the core rounds it to fp32
 
 
 def _check_threads(threads: int | None) -> None:
@@ -79,6 +81,11 @@ class Weights(LiveWeights):
         if memory not in MEMORIES:
             raise ConfigError(f"memory {memory!r} is unknown; choose one of {', '.join(MEMORIES)}.")
         _check_threads(threads)
+        if not isinstance(table, ParameterTable):
+            raise ConfigError(
+                f"Weights got a {type(table).__name__}; give a ParameterTable, made by from_module "
+                "or from_tensors."
+            )
         if anchor is not None and not isinstance(anchor, Anchor):
             raise ConfigError(
                 f"the anchor is a {type(anchor).__name__}; make it with Anchor.in_memory(table) or "
@@ -142,9 +149,10 @@ class Weights(LiveWeights):
         """Applies a member: w' = round(w + sign * sigma * eps). An applied one is taken back first;
         on a CPU in the same pass, which draws the noise of two mirrored members once.
 
-        sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored.
+        sigma: in units of the weights, positive. MemoryError (lean) leaves the weights restored, or
+        where even that found no memory, `perturbed`: a later `restore` is exact.
         """
-        scale = _scale(member.sign, sigma)
+        scale = _scale(require_member(member).sign, sigma)
         with self._turn:
             self.table.check_in_place()
             if self.memory == "lean":
@@ -303,8 +311,8 @@ class Weights(LiveWeights):
     def expected_bytes(self, sigma: float, noise: str = "gaussian") -> int:
         """Bytes that this memory mode takes beside the weights for members of this sigma.
 
-        Exact for shadow and master; for lean measured on every 16th chunk of the weights as they
-        are (each perturbed and restored in place).
+        Exact for shadow and master; for lean measured on one chunk in 16 of the weights as they are
+        (each perturbed and restored in place).
         """
         if self.memory != "lean":
             return sum(base.nbytes for base in self._bases)

@@ -25,7 +25,7 @@ from reference import Update
 from safetensors.torch import save_file
 
 from esfast import Anchor, AnchoredDecay, EsfastError, ParameterTable, Weights
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 Model = dict[str, torch.Tensor]
 

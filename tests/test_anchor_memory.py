@@ -17,7 +17,7 @@ from cases import assert_tensors, coefficients, population
 from safetensors.torch import save_file
 
 from esfast import Anchor, AnchoredDecay, ParameterTable, Weights, measure
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 Stored = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from cases import DTYPES, TORCH, assert_bits, made, member, plain_bits, populati
 from cuda_emulator import built
 
 from esfast import Anchor, ParameterTable, Weights, _core, anchor_stream, device_table, weights
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 
 @pytest.fixture(scope="session")

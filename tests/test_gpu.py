@@ -39,7 +39,7 @@ from esfast import (
 )
 from esfast.device_shaping import shape_on_device
 from esfast.members import Member
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 pytestmark = [
     pytest.mark.gpu,

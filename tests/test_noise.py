@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,3 +270,18 @@ def test_bad_members_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(esfast.ConfigError, match=list(bad)[-1]):
             noise(Member(**bad), NAME, (4,))
+
+
+@pytest.mark.parametrize("shape", [(2.5,), 2.5, (-1,), "3", None])
+def test_bad_shapes_of_noise_are_refused(shape: Any) -> None:
+    with pytest.raises(esfast.ConfigError, match="noise was asked for shape"):
+        noise(Member(1), NAME, shape)
+    assert noise(Member(1), NAME, np.int64(3)).shape == (3,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "numbers", [(-1, 0, 0), (0, 2**64, 0), (0, 0, 2**32), (0.5, 0, 0), (0, "1", 0)]
+)
+def test_bad_numbers_of_a_seed_are_refused(numbers: Any) -> None:
+    with pytest.raises(esfast.ConfigError, match=r"the (run seed|generation|member) is "):
+        member_seed(*numbers)

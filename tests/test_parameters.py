@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from reference import tensor_id
 
 from esfast import EsfastError, EvolutionStrategy, ParameterTable, Weights
 from esfast.errors import ParameterError
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 COLLIDING = ("w.101237", "w.144138")  # one 32-bit tensor id; found by trying w.0, w.1, ...
 
@@ -208,6 +209,50 @@ def test_shards_that_disagree_about_the_canonical_shape_are_refused() -> None:
                 Segment("w", (8, 9), torch.ones(4, 8), (4, 0)),
             ]
         )
+
+
+ODD_SEGMENTS = {
+    "start": (lambda: Segment("w", (4, 4), torch.ones(2, 2), (1.0, 0.5)), "start="),  # type: ignore[arg-type]
+    "shape": (lambda: Segment("w", "44", torch.ones(2, 2)), "shape='44'"),  # type: ignore[arg-type]
+    "count": (
+        lambda: Segment("w", (2**33, 2**33), torch.ones(2, 2)),
+        r"expected at most 2\*\*64 elements",
+    ),
+    "name": (lambda: Segment("\ud800", (2,), torch.ones(2)), "no text that UTF-8 can hold"),
+    "tensor": (lambda: torch.ones(3), "was given a Tensor for a segment"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_SEGMENTS)
+def test_what_is_no_segment_is_refused(case: str) -> None:
+    make, said = ODD_SEGMENTS[case]
+    with pytest.raises(ParameterError, match=said):
+        ParameterTable([make()])  # type: ignore[list-item]
+
+
+def test_numbers_of_any_library_name_a_box() -> None:
+    start = (np.int64(1), torch.tensor(2))
+    segment = Segment("w", torch.Size([4, 4]), torch.ones(2, 2), start)  # type: ignore[arg-type]
+    assert (segment.shape, segment.origin) == ((4, 4), (1, 2))
+
+
+def test_shards_of_two_dtypes_are_refused() -> None:
+    halves = [
+        Segment("w", (4, 4), torch.ones(2, 4), (0, 0)),
+        Segment("w", (4, 4), torch.ones(2, 4).half(), (2, 0)),
+    ]
+    with pytest.raises(ParameterError, match=r"torch.float32 and torch.float16; all segments"):
+        ParameterTable(halves)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for make, said in (
+        (lambda: EvolutionStrategy({"w": torch.ones(2)}), "got a dict; give a torch module"),  # type: ignore[arg-type]
+        (lambda: Weights(torch.nn.Linear(2, 2)), "got a Linear; give a ParameterTable"),  # type: ignore[arg-type]
+        (lambda: ParameterTable.from_module(torch.nn.LazyLinear(3)), "has no shape yet"),
+    ):
+        with pytest.raises(EsfastError, match=said):
+            make()
 
 
 def test_an_empty_table_is_refused() -> None:

@@ -17,7 +17,7 @@ from reference import Bits
 
 from esfast import Anchor, AnchoredDecay, ParameterTable, Weights
 from esfast.members import Member, noise
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 MODERATE = settings(

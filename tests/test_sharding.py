@@ -26,7 +26,7 @@ from cases import (
 
 from esfast import Anchor, AnchoredDecay, ParameterTable, Weights
 from esfast.members import Member
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 MEMORIES = ("lean", "shadow", "master")

@@ -61,6 +61,7 @@ BAD_CONFIG: list[dict[str, Any]] = [
     {"alpha": float("nan")}, {"alpha": float("inf")}, {"population_size": 0},
     {"population_size": -3}, {"population_size": 7, "antithetic": True}, {"seed": -1},
     {"seed": 1 << 64}, {"noise": "cauchy"}, {"shaping": "best"}, {"rounding": "up"},
+    {"antithetic": "no"}, {"antithetic": 2},
     {"alpha": 0.1, "decay": AnchoredDecay("l2", 10.0)},
     {"alpha": 1e10, "decay": AnchoredDecay("l1", 1e25)},
 ]  # fmt: skip

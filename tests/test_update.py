@@ -124,6 +124,16 @@ def test_neighbours_of_one_seed_are_one_term(target: str) -> None:
         assert_tensors(model, want, str(len(members)))
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_the_sign_of_a_zero_coefficient_counts(target: str, zero: float) -> None:
+    """Where the sum is -0 by underflow: -0 + -0 is -0, and -0 + 0 is 0."""
+    members = [Member(seed=1), Member(seed=2, sign=-1)]
+    model = {"w": torch.full((64,), -0.0)}
+    made(model, "lean").update(members, [1e-45, zero])
+    want = reference.Update(members, [1e-45, zero])
+    assert_tensors(model, expected_update({"w": torch.full((64,), -0.0)}, want)[0])
+
+
 LARGE = 200_003  # past the chunks and blocks that small tensors never fill
 
 
@@ -319,6 +329,14 @@ BAD_UPDATES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "noises": ((mixed(), [1.0, 1.0]), {}, "gaussian and rademacher"),
     "hadamard seeds": ((two_generations(), [1.0, 1.0]), {}, "have different seeds"),
     "seed": ((population("gaussian", 1), [1.0]), {"seed": -1}, "rounding seed is -1"),
+    "no seed": ((population("gaussian", 1), [1.0]), {"seed": 1.5}, "rounding seed is 1.5"),
+    "pair": (
+        (population("gaussian", 2, antithetic=True), [3e38, -3e38]), {}, r"add up to 6e\+38; exp"
+    ),
+    "text": ((population("gaussian", 1), ["1"]), {}, "coefficients are no numbers"),
+    "complex": ((population("gaussian", 1), [1j]), {}, "coefficients are no numbers"),
+    "no member": (([7], [1.0]), {}, "a member is 7; make it with"),
+    "decay": ((population("gaussian", 1), [1.0]), {"decay": "l2", "alpha": 0.1}, "decay is 'l2'"),
 }  # fmt: skip
 
 

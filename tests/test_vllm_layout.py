@@ -19,7 +19,7 @@ from esfast import Member, ParameterTable, Weights
 from esfast.checkpoint import stored_shapes, stored_slices
 from esfast.engines.vllm_layout import segments
 from esfast.errors import DataError, ParameterError
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 SIGMA = 0.25
 

@@ -243,8 +243,10 @@ uint64_t expected_record_bytes(const Table& table, const PerturbCall& call, int 
   const auto buffers = record_buffers(table, scratch.size());
   std::atomic<uint64_t> bytes{0}, sampled{0}, all{0};
   for (const Chunk& c : table.chunks) all += c.rows * c.columns;
-  for_chunks(table, scratch.size(), static_cast<size_t>(stride), [&](size_t i, size_t thread) {
-    const Chunk& c = table.chunks[i];
+  const size_t every = static_cast<size_t>(stride), count = table.chunks.size();
+  for_chunks(table, scratch.size(), every, [&](size_t i, size_t thread) {
+    const size_t moved = i + i / every * 7 % every;  // or a layout that repeats would be seen askew
+    const Chunk& c = table.chunks[moved < count ? moved : i];
     const Segment& s = table.segments[c.segment];
     uint8_t* buffer = buffers[thread].get();
     bytes += t.exchange(s, c, nullptr, nullptr, &call, buffer, *scratch[thread]);

@@ -28,7 +28,7 @@ from esfast.checkpoint import stored_shapes
 from esfast.engines.vllm_layout import segments
 from esfast.errors import EsfastError, ParameterError, StateError
 from esfast.models import model_folder
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 _LOADERS = "vllm.model_executor.model_loader"
 _PROCESS = "process_weights_after_loading"

@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from esfast.checkpoint import stored_slices, weight_files
 from esfast.errors import DataError, EsfastError
-from esfast.parameters import ParameterTable, Segment
+from esfast.parameters import ParameterTable
 from esfast.resources import require_disk
+from esfast.segments import Segment
 from esfast.whole_file import sync
 
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

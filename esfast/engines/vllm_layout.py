@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esfast.errors import ParameterError
-from esfast.parameters import Segment
+from esfast.segments import Segment
 
 _COPIES = ("aten::copy_",)
 _FILLS = ("aten::fill_", "aten::zero_")

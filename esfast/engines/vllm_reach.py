@@ -18,7 +18,8 @@ import torch
 
 from esfast.errors import ParameterError, StateError
 from esfast.members import Member
-from esfast.parameters import ParameterTable, Segment
+from esfast.parameters import ParameterTable
+from esfast.segments import Segment
 from esfast.weights import Weights
 
 if TYPE_CHECKING:
