@@ -25,13 +25,18 @@ struct Stream {
   float coefficient;   // of this stream's member in an update
 };
 
-ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor,
-                             uint32_t purpose) {
-  Stream s;
+// The keys alone: what a member's streams have in common.
+ESFAST_FN Stream keys_of(uint64_t seed) {
+  Stream s{};
   for (uint32_t r = 0; r < 10; ++r) {
     s.key0[r] = static_cast<uint32_t>(seed) + r * kPhiloxW0;
     s.key1[r] = static_cast<uint32_t>(seed >> 32) + r * kPhiloxW1;
   }
+  return s;
+}
+
+// The rest, for the blocks of one tensor and high counter word.
+ESFAST_FN Stream place_stream(Stream s, uint32_t block_high, uint32_t tensor, uint32_t purpose) {
   const uint64_t p1 = static_cast<uint64_t>(tensor) * kPhiloxM1;
   const uint32_t x0 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ s.key0[0];
   const uint64_t p0 = static_cast<uint64_t>(x0) * kPhiloxM0;
@@ -39,8 +44,12 @@ ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor
   s.round1_x0 = static_cast<uint32_t>(p1) ^ s.key0[1];
   s.round1_x2 = static_cast<uint32_t>(p0 >> 32) ^ s.key1[1];
   s.round2_x2 = static_cast<uint32_t>(p0) ^ s.key1[2];
-  s.coefficient = 0.0f;
   return s;
+}
+
+ESFAST_FN Stream make_stream(uint64_t seed, uint32_t block_high, uint32_t tensor,
+                             uint32_t purpose) {
+  return place_stream(keys_of(seed), block_high, tensor, purpose);
 }
 
 // Rounds 0 to 2 of one batch of counters, where only counter word 0 varies.

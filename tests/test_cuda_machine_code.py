@@ -21,23 +21,24 @@ from esfast import _core
 # Per element: a Gaussian pair has 18 (1 + 7 + 1 for the logarithm, 2 for the root, 3 and 4 for sine
 # and cosine); perturb 1 a pair of dtypes (5 with masters, 3 in lean memory, twice where the loss is
 # looked for); l2 decay 1 a pair of dtypes; an update adds 1 a member; a Hadamard member's value is
-# 1, exact before it rounds. A thread has 16 elements.
+# 1, exact before it rounds. A thread has 16 elements. All of it once for tiles that lie anyhow, and
+# for dense ones, of one pair of dtypes, a second time.
 GAUSSIAN, ONE = 8 * 18, 16
 HADAMARD = ONE
 FUSED = {
-    ("perturb_kernel", "gaussian"): GAUSSIAN + 5 * ONE,
-    ("perturb_kernel", "rademacher"): 5 * ONE,
-    ("perturb_kernel", "hadamard"): HADAMARD + 5 * ONE,
-    ("record_kernel", "gaussian"): GAUSSIAN + 3 * 2 * ONE,
-    ("record_kernel", "rademacher"): 3 * 2 * ONE,
-    ("record_kernel", "hadamard"): HADAMARD + 3 * 2 * ONE,
-    ("restore_kernel", "gaussian"): GAUSSIAN + 3 * ONE,
-    ("restore_kernel", "rademacher"): 3 * ONE,
-    ("restore_kernel", "hadamard"): HADAMARD + 3 * ONE,
-    ("update_kernel", "gaussian"): GAUSSIAN + ONE + 5 * ONE,
-    ("update_kernel", "rademacher"): 5 * ONE,
-    ("hadamard_kernel", ""): 5 * ONE,
-    ("hadamard_global_kernel", ""): 5 * ONE,
+    ("perturb_kernel", "gaussian"): 2 * GAUSSIAN + 6 * ONE,
+    ("perturb_kernel", "rademacher"): 6 * ONE,
+    ("perturb_kernel", "hadamard"): 2 * HADAMARD + 6 * ONE,
+    ("record_kernel", "gaussian"): 2 * GAUSSIAN + 4 * 2 * ONE,
+    ("record_kernel", "rademacher"): 4 * 2 * ONE,
+    ("record_kernel", "hadamard"): 2 * HADAMARD + 4 * 2 * ONE,
+    ("restore_kernel", "gaussian"): 2 * GAUSSIAN + 4 * ONE,
+    ("restore_kernel", "rademacher"): 4 * ONE,
+    ("restore_kernel", "hadamard"): 2 * HADAMARD + 4 * ONE,
+    ("update_kernel", "gaussian"): 2 * (GAUSSIAN + ONE) + 6 * ONE,
+    ("update_kernel", "rademacher"): 6 * ONE,
+    ("hadamard_kernel", ""): 6 * ONE,
+    ("hadamard_global_kernel", ""): 6 * ONE,
     ("refresh_kernel", ""): 0,
     ("capture_kernel", ""): 0,
     ("checksum_kernel", ""): 0,
@@ -97,6 +98,6 @@ def test_no_multiply_add_beyond_the_written_ones() -> None:
             continue
         seen.add(kernel)
         pairs = 2 * counts["FFMA2"] + counts["FFMA"] + counts["FFMA32I"]
-        written = FUSED[kernel]  # branches that end alike may share a few
-        assert 0.9 * written <= pairs <= written, (arch, kernel, counts)
+        written = FUSED[kernel]  # branches that end alike may share those of one dtype
+        assert written - ONE <= pairs <= written, (arch, kernel, counts)
     assert seen == set(FUSED)

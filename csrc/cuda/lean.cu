@@ -53,15 +53,16 @@ __global__ void __launch_bounds__(kThreads, 5)
     record_kernel(Tiles table, Perturbation p, Lists lists, uint32_t stride) {
   Slab slab;
   for_tiles<kThreads>(table, stride, [&](const Span& s, uint32_t tile, uint32_t number) {
-    const Lane lane = lane_of(s, tile, number);
-    const Recorded r = record_tile<noise>(s, lane, p);
-    int total;
-    const int before = scan(r.count, number, total);
-    const uint32_t words = words_for(s, static_cast<uint32_t>(total));
-    const uint32_t offset = reserve(lists, words, number, slab);
-    if (lists.capacity == 0) return;  // only counted
-    if (number == 0) lists.offsets[tile] = offset;
-    if (offset != kNoRoom) commit_tile(s, lane, r, lists, tile, number, offset, before);
+    with_lane(s, tile, number, [&](const auto& lane) {
+      const Recorded r = record_tile<noise>(s, lane, p);
+      int total;
+      const int before = scan(r.count, number, total);
+      const uint32_t words = words_for(s, static_cast<uint32_t>(total));
+      const uint32_t offset = reserve(lists, words, number, slab);
+      if (lists.capacity == 0) return;  // only counted
+      if (number == 0) lists.offsets[tile] = offset;
+      if (offset != kNoRoom) commit_tile(s, lane, r, lists, tile, number, offset, before);
+    });
   });
 }
 
@@ -74,7 +75,9 @@ __global__ void __launch_bounds__(kThreads, 6)
     const Marked m = marks_of(lists, tile, number);
     int total;
     const int before = scan(m.count, number, total);
-    restore_tile<noise>(s, lane_of(s, tile, number), p, m, lists.values + offset, before);
+    with_lane(s, tile, number, [&](const auto& lane) {
+      restore_tile<noise>(s, lane, p, m, lists.values + offset, before);
+    });
   });
 }
 

@@ -34,6 +34,14 @@ bool fits(const Segment& s, const Part& p) {
   return first / kWindow == last / kWindow && p.rows <= most / units_per_row(s, p);
 }
 
+// Whole tiles of what `dense_unit_of` describes.
+uint32_t dense_tiles(const Span& s) {
+  const bool dense = s.rows == 1 && s.live_column_stride == 1 && s.origin % kUnit == 0 &&
+                     s.live % 16 == 0 && s.base % 16 == 0 && s.live_dtype == Dtype::bfloat16 &&
+                     s.base_dtype == Dtype::bfloat16;
+  return dense ? static_cast<uint32_t>(s.cols / (kTileUnits * kUnit)) : 0;
+}
+
 Span make_span(const Segment& s, const Part& p) {
   const int64_t row = static_cast<int64_t>(p.row), column = static_cast<int64_t>(p.column);
   Span out{};
@@ -54,6 +62,7 @@ Span make_span(const Segment& s, const Part& p) {
   out.live_dtype = s.live_dtype;
   out.base_dtype = s.base_dtype;
   out.anchor_dtype = s.anchor_dtype;
+  out.dense_tiles = dense_tiles(out);
   return out;
 }
 

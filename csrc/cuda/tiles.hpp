@@ -32,57 +32,76 @@ struct Lists {
   uint32_t slab;               // words that a warp reserves at least
 };
 
+// Its keys are kernel parameters, which instructions read where they lie.
 struct Perturbation {
-  Draw draw;
-  uint32_t row;  // Hadamard
+  Stream keys;
+  uint32_t purpose, row;  // Hadamard
   float scale;
 };
 
 static inline Perturbation perturbation_of(const PerturbCall& call) {
   const Source& s = call.source;
-  const uint32_t low = static_cast<uint32_t>(s.seed), high = static_cast<uint32_t>(s.seed >> 32);
-  return {{low, high, s.purpose, 0.0f}, s.row, call.scale};
+  return {keys_of(s.seed), s.purpose, s.row, call.scale};
+}
+
+template <Noise noise>
+ESFAST_FN Stream stream_of(const Perturbation& p, const Span& s) {
+  return place_stream(p.keys, high_word(noise, s), s.tensor, p.purpose);
 }
 
 // A lane's units of a tile.
+template <class Layout>
 struct Lane {
   Unit unit[kSteps];
 };
 
-ESFAST_FN Lane lane_of(const Span& s, uint32_t tile, uint32_t lane) {
-  Lane out;
+template <class Layout>
+ESFAST_FN Lane<Layout> lane_of(const Span& s, uint32_t tile, uint32_t lane) {
+  Lane<Layout> out;
   ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j)
-    out.unit[j] = cuda::unit_of(s, cuda::unit_in_span(s, tile, j, lane));
+  for (uint32_t j = 0; j < kSteps; ++j) {
+    const uint32_t number = cuda::unit_in_span(s, tile, j, lane);
+    out.unit[j] = Layout::dense ? cuda::dense_unit_of(s, number) : cuda::unit_of(s, number);
+  }
   return out;
 }
 
-// All of a lane's units, so that their loads are in flight together.
-ESFAST_FN void load_live(const Span& s, const Lane& lane, Raw (&raw)[kSteps]) {
-  ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(live_of(s, lane.unit[j]), s.live_dtype);
+// Calls f(lane) with a lane's units of a tile.
+template <class F>
+ESFAST_FN void with_lane(const Span& s, uint32_t tile, uint32_t number, F&& f) {
+  with_layout(s, tile, [&](auto layout) { f(lane_of<decltype(layout)>(s, tile, number)); });
 }
 
-ESFAST_FN void load_base(const Span& s, const Lane& lane, Raw (&raw)[kSteps]) {
+// All of a lane's units, so that their loads are in flight together.
+template <class Layout>
+ESFAST_FN void load_live(const Span& s, const Lane<Layout>& lane, Raw (&raw)[kSteps]) {
   ESFAST_UNROLL
-  for (uint32_t j = 0; j < kSteps; ++j) raw[j] = load_raw(base_of(s, lane.unit[j]), s.base_dtype);
+  for (uint32_t j = 0; j < kSteps; ++j)
+    raw[j] = load_raw(live_of<Layout>(s, lane.unit[j]), live_dtype<Layout>(s));
+}
+
+template <class Layout>
+ESFAST_FN void load_base(const Span& s, const Lane<Layout>& lane, Raw (&raw)[kSteps]) {
+  ESFAST_UNROLL
+  for (uint32_t j = 0; j < kSteps; ++j)
+    raw[j] = load_raw(base_of<Layout>(s, lane.unit[j]), base_dtype<Layout>(s));
 }
 
 // ---- shadow memory: live = round(base + scale * noise), base read once, live written once
 
-template <Noise noise>
-ESFAST_FN void perturb_tile(const Span& s, const Lane& lane, const Perturbation& p) {
-  const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
+template <Noise noise, class Layout>
+ESFAST_FN void perturb_tile(const Span& s, const Lane<Layout>& lane, const Perturbation& p) {
+  const Stream stream = stream_of<noise>(p, s);
   Raw raw[kSteps];
   load_base(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
     unit_noise<noise>(stream, p.row, lane.unit[j].block, z);
-    with_dtypes(s, [&](auto live, auto base) {
+    with_dtypes<Layout>(s, [&](auto live, auto base) {
       raw[j] = perturb_unit<decltype(live), decltype(base)>(raw[j], z, p.scale);
     });
-    store_raw(live_of(s, lane.unit[j]), s.live_dtype, raw[j]);
+    store_raw(live_of<Layout>(s, lane.unit[j]), live_dtype<Layout>(s), raw[j]);
   }
 }
 
@@ -102,9 +121,9 @@ ESFAST_FN uint32_t inside(const Unit& u) {
   return (1u << u.end) - (1u << u.first);
 }
 
-template <Noise noise>
-ESFAST_FN Recorded record_tile(const Span& s, const Lane& lane, const Perturbation& p) {
-  const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
+template <Noise noise, class Layout>
+ESFAST_FN Recorded record_tile(const Span& s, const Lane<Layout>& lane, const Perturbation& p) {
+  const Stream stream = stream_of<noise>(p, s);
   Recorded r;
   r.count = 0;
   load_live(s, lane, r.old);
@@ -112,7 +131,7 @@ ESFAST_FN Recorded record_tile(const Span& s, const Lane& lane, const Perturbati
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
     unit_noise<noise>(stream, p.row, lane.unit[j].block, z);
-    with_dtype(s.live_dtype, [&](auto t) {
+    with_dtype<Layout>(s.live_dtype, [&](auto t) {
       using T = decltype(t);
       r.now[j] = perturb_unit<T, T>(r.old[j], z, p.scale);
       r.marks[j] = lost<T>(r.old[j], r.now[j], z, p.scale) & inside(lane.unit[j]);
@@ -128,8 +147,10 @@ ESFAST_FN uint32_t words_for(const Span& s, uint32_t count) {
 }
 
 // `before`: exceptions of the lanes before this one. The weights are written after their record.
-ESFAST_FN void commit_tile(const Span& s, const Lane& lane, const Recorded& r, const Lists& lists,
-                           uint32_t tile, uint32_t number, uint32_t offset, int before) {
+template <class Layout>
+ESFAST_FN void commit_tile(const Span& s, const Lane<Layout>& lane, const Recorded& r,
+                           const Lists& lists, uint32_t tile, uint32_t number, uint32_t offset,
+                           int before) {
   uint32_t* words = lists.values + offset;
   uint16_t* halves = reinterpret_cast<uint16_t*>(words);
   ESFAST_UNROLL
@@ -139,13 +160,13 @@ ESFAST_FN void commit_tile(const Span& s, const Lane& lane, const Recorded& r, c
     ESFAST_UNROLL
     for (int e = 0; e < 8; ++e) {
       if (!(r.marks[j] >> e & 1u)) continue;
-      if (s.live_dtype == Dtype::float32)
+      if (live_dtype<Layout>(s) == Dtype::float32)
         words[before] = r.old[j].w[e];
       else
         halves[before] = static_cast<uint16_t>(r.old[j].w[e / 2] >> (16 * (e % 2)));
       ++before;
     }
-    store_raw(live_of(s, lane.unit[j]), s.live_dtype, r.now[j]);
+    store_raw(live_of<Layout>(s, lane.unit[j]), live_dtype<Layout>(s), r.now[j]);
   }
 }
 
@@ -176,56 +197,59 @@ ESFAST_FN void replace(Raw& raw, int e, Dtype dtype, const uint32_t* words, int 
   raw.w[e / 2] = (raw.w[e / 2] & keep) | half << (16 * (e % 2));
 }
 
-template <Noise noise>
-ESFAST_FN void restore_tile(const Span& s, const Lane& lane, const Perturbation& p, const Marked& m,
-                            const uint32_t* words, int before) {
-  const Stream stream = stream_of(p.draw, s.tensor, high_word(noise, s));
+template <Noise noise, class Layout>
+ESFAST_FN void restore_tile(const Span& s, const Lane<Layout>& lane, const Perturbation& p,
+                            const Marked& m, const uint32_t* words, int before) {
+  const Stream stream = stream_of<noise>(p, s);
   Raw raw[kSteps];
   load_live(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
     float z[2][4];
     unit_noise<noise>(stream, p.row, lane.unit[j].block, z);
-    with_dtype(s.live_dtype, [&](auto t) {
+    with_dtype<Layout>(s.live_dtype, [&](auto t) {
       using T = decltype(t);
       raw[j] = perturb_unit<T, T>(raw[j], z, -p.scale);
     });
     ESFAST_UNROLL
     for (int e = 0; e < 8; ++e) {
       if (!(m.marks[j] >> e & 1u)) continue;
-      replace(raw[j], e, s.live_dtype, words, before);
+      replace(raw[j], e, live_dtype<Layout>(s), words, before);
       ++before;
     }
-    store_raw(live_of(s, lane.unit[j]), s.live_dtype, raw[j]);
+    store_raw(live_of<Layout>(s, lane.unit[j]), live_dtype<Layout>(s), raw[j]);
   }
 }
 
 // ---- copies and the checksum
 
-ESFAST_FN void refresh_tile(const Span& s, const Lane& lane) {
+template <class Layout>
+ESFAST_FN void refresh_tile(const Span& s, const Lane<Layout>& lane) {
   Raw raw[kSteps];
   load_base(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
-    with_dtypes(s, [&](auto live, auto base) {
+    with_dtypes<Layout>(s, [&](auto live, auto base) {
       raw[j] = narrowed<decltype(live), decltype(base)>(raw[j]);
     });
-    store_raw(live_of(s, lane.unit[j]), s.live_dtype, raw[j]);
+    store_raw(live_of<Layout>(s, lane.unit[j]), live_dtype<Layout>(s), raw[j]);
   }
 }
 
-ESFAST_FN void capture_tile(const Span& s, const Lane& lane) {
+template <class Layout>
+ESFAST_FN void capture_tile(const Span& s, const Lane<Layout>& lane) {
   Raw raw[kSteps];
   load_live(s, lane, raw);
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
-    with_dtypes(
+    with_dtypes<Layout>(
         s, [&](auto live, auto base) { raw[j] = widened<decltype(live), decltype(base)>(raw[j]); });
-    store_raw(base_of(s, lane.unit[j]), s.base_dtype, raw[j]);
+    store_raw(base_of<Layout>(s, lane.unit[j]), base_dtype<Layout>(s), raw[j]);
   }
 }
 
-ESFAST_FN uint64_t hash_tile(const Span& s, const Lane& lane) {
+template <class Layout>
+ESFAST_FN uint64_t hash_tile(const Span& s, const Lane<Layout>& lane) {
   uint64_t sum = 0;
   Raw raw[kSteps];
   load_live(s, lane, raw);
@@ -237,7 +261,7 @@ ESFAST_FN uint64_t hash_tile(const Span& s, const Lane& lane) {
     ESFAST_UNROLL
     for (int e = 0; e < 8; ++e) {
       const uint32_t pair = raw[j].w[e / 2] >> (16 * (e % 2)) & 0xFFFFu;
-      const uint32_t bits = s.live_dtype == Dtype::float32 ? raw[j].w[e] : pair;
+      const uint32_t bits = live_dtype<Layout>(s) == Dtype::float32 ? raw[j].w[e] : pair;
       const uint32_t low = static_cast<uint32_t>(index) + static_cast<uint32_t>(e);
       const uint64_t one = hash<Thread>(0, key, low, bits);
       sum += e >= u.first && e < u.end ? one : 0;
@@ -257,9 +281,9 @@ struct Step {
 };
 
 // acc = the population's noise for the lane's units, members in order.
-template <Noise noise>
-ESFAST_FN void add_noise(const Span& s, const Lane& lane, const Step& step, const Tables& tables,
-                         float (&acc)[kSteps][2][4]) {
+template <Noise noise, class Layout>
+ESFAST_FN void add_noise(const Span& s, const Lane<Layout>& lane, const Step& step,
+                         const Tables& tables, float (&acc)[kSteps][2][4]) {
   const uint32_t high = high_word(noise, s);
   int32_t sums[kSteps][8];
   ESFAST_UNROLL
@@ -304,15 +328,16 @@ ESFAST_FN void add_noise(const Span& s, const Lane& lane, const Step& step, cons
 }
 
 // Returns how many of the lane's weights saturated.
-template <Noise noise>
-ESFAST_FN uint32_t update_tile(const Span& s, const Lane& lane, const Step& step,
+template <Noise noise, class Layout>
+ESFAST_FN uint32_t update_tile(const Span& s, const Lane<Layout>& lane, const Step& step,
                                const Tables& tables) {
   float acc[kSteps][2][4];
+  Raw old[kSteps];
+  if (Layout::dense) load_base(s, lane, old);  // 8 registers hide its latency behind the members
   add_noise<noise>(s, lane, step, tables, acc);
   const bool random = step.rule.stochastic && s.base_dtype != Dtype::float32;
   const Stream rounding = stream_of(step.rounding, s.tensor, static_cast<uint32_t>(s.origin >> 35));
-  Raw old[kSteps];
-  load_base(s, lane, old);
+  if (!Layout::dense) load_base(s, lane, old);
   uint32_t saturated = 0;
   ESFAST_UNROLL
   for (uint32_t j = 0; j < kSteps; ++j) {
@@ -324,12 +349,12 @@ ESFAST_FN uint32_t update_tile(const Span& s, const Lane& lane, const Step& step
       with_dtype(s.anchor_dtype, [&](auto t) { widen_raw<decltype(t)>(pull, anchor); });
     }
     if (random) words_of(rounding, static_cast<uint32_t>(u.block), bits);
-    with_dtypes(s, [&](auto live, auto base) {
+    with_dtypes<Layout>(s, [&](auto live, auto base) {
       const Updated out = updated<decltype(live), decltype(base)>(old[j], acc[j], anchor, bits,
                                                                   step.rule, u.first, u.end);
       saturated += out.saturated;
-      store_raw(base_of(s, u), s.base_dtype, out.base);
-      if (s.base != s.live) store_raw(live_of(s, u), s.live_dtype, out.live);
+      store_raw(base_of<Layout>(s, u), base_dtype<Layout>(s), out.base);
+      if (s.base != s.live) store_raw(live_of<Layout>(s, u), live_dtype<Layout>(s), out.live);
     });
   }
   return saturated;

@@ -89,11 +89,43 @@ ESFAST_FN Slots slots_of(const Unit& u, uint64_t address, int64_t row_stride, in
   return s;
 }
 
+// How the units of a tile lie: anyhow, or as `dense_unit_of` has them, where the compiler knows all
+// but the address.
+struct Anyhow {
+  static constexpr bool dense = false;
+};
+struct Dense {
+  static constexpr bool dense = true;
+};
+
+// Calls f with the layout of a tile.
+template <class F>
+ESFAST_FN void with_layout(const Span& s, uint32_t tile, F&& f) {
+  if (tile - s.first_tile < s.dense_tiles)
+    f(Dense{});
+  else
+    f(Anyhow{});
+}
+
+template <class Layout>
+ESFAST_FN Dtype live_dtype(const Span& s) {
+  return Layout::dense ? Dtype::bfloat16 : s.live_dtype;
+}
+
+template <class Layout>
+ESFAST_FN Dtype base_dtype(const Span& s) {
+  return Layout::dense ? Dtype::bfloat16 : s.base_dtype;
+}
+
+template <class Layout>
 ESFAST_FN Slots live_of(const Span& s, const Unit& u) {
+  if (Layout::dense) return {s.live + static_cast<uint64_t>(u.column) * 2, 2, 0, 8, true};
   return slots_of(u, s.live, s.live_row_stride, s.live_column_stride, s.live_dtype);
 }
 
+template <class Layout>
 ESFAST_FN Slots base_of(const Span& s, const Unit& u) {
+  if (Layout::dense) return {s.base + static_cast<uint64_t>(u.column) * 2, 2, 0, 8, true};
   const int64_t step = s.base == s.live ? s.live_column_stride : 1;
   return slots_of(u, s.base, s.base_row_stride, step, s.base_dtype);
 }
@@ -177,9 +209,11 @@ struct F16 : Float16 {
   static constexpr bool high_half = false;
 };
 
-template <class F>
+template <class Layout = Anyhow, class F>
 ESFAST_FN void with_dtype(Dtype dtype, F&& f) {
-  if (dtype == Dtype::bfloat16)
+  if (Layout::dense)
+    f(BF16{});
+  else if (dtype == Dtype::bfloat16)
     f(BF16{});
   else if (dtype == Dtype::float16)
     f(F16{});
@@ -188,9 +222,11 @@ ESFAST_FN void with_dtype(Dtype dtype, F&& f) {
 }
 
 // The base has the live dtype, or is the fp32 master of a 16-bit one.
-template <class F>
+template <class Layout, class F>
 ESFAST_FN void with_dtypes(const Span& s, F&& f) {
-  if (s.base_dtype == s.live_dtype)
+  if (Layout::dense)
+    f(BF16{}, BF16{});
+  else if (s.base_dtype == s.live_dtype)
     with_dtype(s.live_dtype, [&](auto live) { f(live, live); });
   else if (s.live_dtype == Dtype::bfloat16)
     f(BF16{}, F32{});
@@ -250,27 +286,102 @@ ESFAST_FN void unit_noise(const Stream& s, uint32_t row, uint64_t block, float (
   }
 }
 
+// ---- rounding
+
+// The upper halves of two words, the first one's below.
+ESFAST_FN uint32_t upper_halves(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(low, high, 0x7632);
+#else
+  return low >> 16 | (high & 0xFFFF0000u);
+#endif
+}
+
+template <class T>
+ESFAST_FN Raw rounded_singly(const float (&v)[8]) {
+  Raw raw{};
+  ESFAST_UNROLL
+  for (int e = 0; e < 8; ++e) put<T>(raw, e, T::template nearest<Thread>(v[e]));
+  return raw;
+}
+
+#if defined(__CUDA_ARCH__)
+// Whether one of eight is NaN, two a comparison.
+__device__ __forceinline__ bool any_nan(const float (&v)[8]) {
+  uint32_t found;
+  asm("{ .reg .pred p; setp.nan.f32 p, %1, %2; setp.nan.or.f32 p, %3, %4, p;"
+      "  setp.nan.or.f32 p, %5, %6, p; setp.nan.or.f32 p, %7, %8, p; selp.u32 %0, 1, 0, p; }"
+      : "=r"(found)
+      : "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7]));
+  return found != 0;
+}
+#endif
+
+// To nearest. Two weights become bf16 by one instruction, which differs from `nearest` in its NaN
+// only (tests/test_gpu.py compares all 2^32); in integers each takes six.
+template <class T>
+ESFAST_FN Raw rounded(const float (&v)[8]) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (T::high_half) {
+    if (any_nan(v)) return rounded_singly<T>(v);
+    Raw raw{};
+    ESFAST_UNROLL
+    for (int i = 0; i < 4; ++i)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.w[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+    return raw;
+  }
+#endif
+  return rounded_singly<T>(v);
+}
+
+// Two 16-bit numbers a word, added below what is kept. Only a magnitude of the last finite bf16 or
+// more can overflow, be infinite or NaN: the OR of all eight tells, at worst too often.
+template <class T>
+ESFAST_FN Raw rounded_randomly(const float (&v)[8], const uint32_t (&random)[4], int first, int end,
+                               uint32_t& saturated) {
+  Raw raw{};
+  if constexpr (T::high_half) {
+    uint32_t any = 0;
+    ESFAST_UNROLL
+    for (int e = 0; e < 8; ++e) any |= Scalar::as_bits(v[e]);
+    if ((any & 0x7FFFFFFFu) <= 0x7F7EFFFFu) {
+      ESFAST_UNROLL
+      for (int i = 0; i < 4; ++i)
+        raw.w[i] = upper_halves(Scalar::as_bits(v[2 * i]) + (random[i] & 0xFFFFu),
+                                Scalar::as_bits(v[2 * i + 1]) + (random[i] >> 16));
+      return raw;
+    }
+  }
+  ESFAST_UNROLL
+  for (int e = 0; e < 8; ++e) {
+    uint32_t over = 0;
+    const uint32_t bits = random[e / 2] >> (16 * (e % 2)) & 0xFFFFu;
+    put<T>(raw, e, T::template stochastic<Thread>(v[e], bits, over));
+    saturated += e >= first && e < end ? over : 0u;
+  }
+  return raw;
+}
+
 // ---- perturb, restore
 
 template <class Live, class Base>
 ESFAST_FN Raw perturb_unit(const Raw& base, const float (&z)[2][4], float scale) {
-  Raw live{};
+  float v[8];
   ESFAST_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    const float v = perturbed<Thread, Base>(get<Base>(base, e), z[e / 4][e % 4], scale);
-    put<Live>(live, e, Live::template nearest<Thread>(v));
-  }
-  return live;
+  for (int e = 0; e < 8; ++e)
+    v[e] = perturbed<Thread, Base>(get<Base>(base, e), z[e / 4][e % 4], scale);
+  return rounded<Live>(v);
 }
 
 // One bit a slot whose weight `now - scale * z` does not give back.
 template <class T>
 ESFAST_FN uint32_t lost(const Raw& old, const Raw& now, const float (&z)[2][4], float scale) {
+  const Raw back = perturb_unit<T, T>(now, z, -scale);
   uint32_t marks = 0;
   ESFAST_UNROLL
   for (int e = 0; e < 8; ++e) {
-    const float v = perturbed<Thread, T>(get<T>(now, e), z[e / 4][e % 4], -scale);
-    marks |= (T::template nearest<Thread>(v) != get<T>(old, e) ? 1u : 0u) << e;
+    const uint32_t other = get<T>(back, e) ^ get<T>(old, e);
+    marks |= (other ? 1u : 0u) << e;
   }
   return marks;
 }
@@ -354,20 +465,18 @@ template <class Live, class Base>
 ESFAST_FN Updated updated(const Raw& old, const float (&acc)[2][4], const float (&anchor)[8],
                           const uint32_t (&random)[4], const Rule& rule, int first, int end) {
   Updated out{};
+  float v[8];
+  widen_raw<Base>(old, v);
   ESFAST_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    uint32_t over = 0;
-    const uint32_t bits = random[e / 2] >> (16 * (e % 2)) & 0xFFFFu;
-    const float weight = Base::template widen<Thread>(get<Base>(old, e));
-    const float t = decayed<Thread>(weight + acc[e / 4][e % 4], anchor[e], rule);
-    const uint32_t v = rule.stochastic ? Base::template stochastic<Thread>(t, bits, over)
-                                       : Base::template nearest<Thread>(t);
-    out.saturated += e >= first && e < end ? over : 0u;
-    put<Base>(out.base, e, v);
-    if (Live::bytes != Base::bytes)
-      put<Live>(out.live, e, Live::template nearest<Thread>(Base::template widen<Thread>(v)));
+  for (int e = 0; e < 8; ++e) v[e] = decayed<Thread>(v[e] + acc[e / 4][e % 4], anchor[e], rule);
+  out.base = rule.stochastic ? rounded_randomly<Base>(v, random, first, end, out.saturated)
+                             : rounded<Base>(v);
+  if (Live::bytes == Base::bytes) {
+    out.live = out.base;
+  } else {
+    widen_raw<Base>(out.base, v);
+    out.live = rounded<Live>(v);
   }
-  if (Live::bytes == Base::bytes) out.live = out.base;
   return out;
 }
 

@@ -54,7 +54,8 @@ __device__ __forceinline__ void update_all(const Tiles& table, const Step& step,
                                            const Tables& tables, unsigned long long* saturated) {
   uint32_t sum = 0;
   for_tiles<threads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
-    sum += update_tile<noise>(s, lane_of(s, tile, lane), step, tables);
+    with_lane(s, tile, lane,
+              [&](const auto& units) { sum += update_tile<noise>(s, units, step, tables); });
   });
   if (sum) atomicAdd(saturated, static_cast<unsigned long long>(sum));  // rare: no reduction
 }

@@ -13,19 +13,19 @@ constexpr int kThreads = 128;
 template <Noise noise>
 __global__ void __launch_bounds__(kThreads, 6) perturb_kernel(Tiles table, Perturbation p) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
-    perturb_tile<noise>(s, lane_of(s, tile, lane), p);
+    with_lane(s, tile, lane, [&](const auto& units) { perturb_tile<noise>(s, units, p); });
   });
 }
 
 __global__ void __launch_bounds__(kThreads, 6) capture_kernel(Tiles table) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
-    capture_tile(s, lane_of(s, tile, lane));
+    with_lane(s, tile, lane, [&](const auto& units) { capture_tile(s, units); });
   });
 }
 
 __global__ void __launch_bounds__(kThreads, 6) refresh_kernel(Tiles table) {
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
-    refresh_tile(s, lane_of(s, tile, lane));
+    with_lane(s, tile, lane, [&](const auto& units) { refresh_tile(s, units); });
   });
 }
 
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 6)
     checksum_kernel(Tiles table, unsigned long long* out) {
   uint64_t sum = 0;
   for_tiles<kThreads>(table, 1, [&](const Span& s, uint32_t tile, uint32_t lane) {
-    sum += hash_tile(s, lane_of(s, tile, lane));
+    with_lane(s, tile, lane, [&](const auto& units) { sum += hash_tile(s, units); });
   });
   for (uint32_t distance = kWarp / 2; distance; distance /= 2)
     sum += __shfl_down_sync(0xFFFFFFFFu, sum, distance);

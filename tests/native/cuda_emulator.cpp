@@ -46,7 +46,8 @@ template <class Body>
 Status for_lanes(const Place& place, Body&& body) {
   for_warps(1, [&](uint32_t warp, uint32_t stride) {
     tiles_of_warp(place, warp, stride, [&](const Span& s, uint32_t tile) {
-      for (uint32_t lane = 0; lane < kWarp; ++lane) body(s, lane_of(s, tile, lane), lane);
+      for (uint32_t lane = 0; lane < kWarp; ++lane)
+        with_lane(s, tile, lane, [&](const auto& units) { body(s, units, lane); });
     });
   });
   return {};
@@ -93,16 +94,19 @@ void record_one(const Span& s, uint32_t tile, const Perturbation& p, const Lists
                 Slab& slab) {
   std::vector<Recorded> lanes;
   int total = 0, before = 0;
-  for (uint32_t lane = 0; lane < kWarp; ++lane) {
-    lanes.push_back(record_tile<noise>(s, lane_of(s, tile, lane), p));
-    total += lanes.back().count;
-  }
+  for (uint32_t lane = 0; lane < kWarp; ++lane)
+    with_lane(s, tile, lane, [&](const auto& units) {
+      lanes.push_back(record_tile<noise>(s, units, p));
+      total += lanes.back().count;
+    });
   const uint32_t offset = reserve(lists, words_for(s, static_cast<uint32_t>(total)), slab);
   if (lists.capacity == 0) return;
   lists.offsets[tile] = offset;
   if (offset == kNoRoom) return;
   for (uint32_t lane = 0; lane < kWarp; ++lane) {
-    commit_tile(s, lane_of(s, tile, lane), lanes[lane], lists, tile, lane, offset, before);
+    with_lane(s, tile, lane, [&](const auto& units) {
+      commit_tile(s, units, lanes[lane], lists, tile, lane, offset, before);
+    });
     before += lanes[lane].count;
   }
 }
@@ -139,7 +143,7 @@ int warps(int) {
 Status perturb(const Place& place, const PerturbCall& call) {
   const Perturbation p = perturbation_of(call);
   with_noise(call.noise, [&](auto noise) {
-    for_lanes(place, [&](const Span& s, const Lane& lane, uint32_t) {
+    for_lanes(place, [&](const Span& s, const auto& lane, uint32_t) {
       perturb_tile<decltype(noise)::value>(s, lane, p);
     });
   });
@@ -172,8 +176,10 @@ Status restore(const Place& place, const PerturbCall& call, const Buffers& buffe
         int before = 0;
         for (uint32_t lane = 0; lane < kWarp; ++lane) {
           const Marked m = marks_of(lists, tile, lane);
-          restore_tile<decltype(noise)::value>(s, lane_of(s, tile, lane), p, m,
-                                               lists.values + lists.offsets[tile], before);
+          with_lane(s, tile, lane, [&](const auto& units) {
+            restore_tile<decltype(noise)::value>(s, units, p, m, lists.values + lists.offsets[tile],
+                                                 before);
+          });
           before += m.count;
         }
       });
@@ -183,18 +189,18 @@ Status restore(const Place& place, const PerturbCall& call, const Buffers& buffe
 }
 
 Status capture(const Place& place) {
-  return for_lanes(place, [](const Span& s, const Lane& l, uint32_t) { capture_tile(s, l); });
+  return for_lanes(place, [](const Span& s, const auto& l, uint32_t) { capture_tile(s, l); });
 }
 
 Status refresh(const Place& place) {
-  return for_lanes(place, [](const Span& s, const Lane& l, uint32_t) { refresh_tile(s, l); });
+  return for_lanes(place, [](const Span& s, const auto& l, uint32_t) { refresh_tile(s, l); });
 }
 
 Status checksum(const Place& place, uint64_t sum) {
   auto* out = reinterpret_cast<uint64_t*>(sum);
   *out = 0;
   return for_lanes(place,
-                   [&](const Span& s, const Lane& lane, uint32_t) { *out += hash_tile(s, lane); });
+                   [&](const Span& s, const auto& lane, uint32_t) { *out += hash_tile(s, lane); });
 }
 
 uint64_t update_bytes(const UpdateCall& call) {
@@ -210,7 +216,7 @@ Status update(const Place& place, const UpdateCall& call, uint64_t workspace, ui
                   Rule{call.decay, call.strength, call.stochastic},
                   draw_of({call.rounding_seed, 1u << 24, 0, 0.0f})};
   with_noise(call.noise, [&](auto noise) {
-    for_lanes(place, [&](const Span& s, const Lane& lane, uint32_t number) {
+    for_lanes(place, [&](const Span& s, const auto& lane, uint32_t number) {
       const Tables tables{entries.data(), shift, number & ((1u << shift) - 1)};
       *reinterpret_cast<uint64_t*>(saturated) +=
           update_tile<decltype(noise)::value>(s, lane, step, tables);
@@ -244,9 +250,9 @@ void cover(const Place& place, uint32_t blocks, uint32_t threads) {
       for (uint64_t tile = warp_of(block, thread, threads); tile < place.tiles; tile += warps) {
         const uint32_t t = static_cast<uint32_t>(tile);
         const Span& s = spans[find_span(spans, place.count, 0, t)];
-        const Lane lane = lane_of(s, t, thread % kWarp);
+        const auto lane = lane_of<Anyhow>(s, t, thread % kWarp);
         for (const Unit& u : lane.unit) {
-          const Slots slots = live_of(s, u);
+          const Slots slots = live_of<Anyhow>(s, u);
           for (int e = u.first; e < u.end; ++e) {
             const uint64_t at = slots.address + static_cast<uint64_t>(e * slots.step);
             const uint32_t index = static_cast<uint32_t>(u.block * 8) + static_cast<uint32_t>(e);
