@@ -78,7 +78,7 @@ def compile_steps() -> list[Step]:
         flags = " ".join([*flags_of(source, extra, gcc), *includes])
         steps.append((source, f"{compiler} -MMD -MF $out.d {flags} -c $in -o $out"))
     for source in CUDA_SOURCES if cuda else []:
-        steps.append((source, f"{cuda} -MD -MF $out.d {' '.join(cuda_flags())} -c $in -o $out"))
+        steps.append((source, f"{cuda} -MD -MF $out.d {' '.join(cuda_flags(cuda))} -c $in -o $out"))
     return [
         Step(source.replace("/", "_") + ".o", (str(ROOT / "csrc" / source),), command)
         for source, command in steps

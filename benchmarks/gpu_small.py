@@ -1,10 +1,14 @@
 """Every kernel once, on small odd tables: what compute-sanitizer is pointed at.
 
-Prints a line a table, so that a run cut short says how far it came, and exits 0; the bits are
-tests/test_gpu.py's business.
+    python benchmarks/gpu_small.py [--few]
+
+`--few`: bf16 alone, for the slower of the sanitizer's tools. Prints a line a table, so that a run
+cut short says how far it came, and exits 0; the bits are tests/test_gpu.py's business.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -37,7 +41,8 @@ def walk(dtype: torch.dtype, memory: str, noise: str, population: int) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    few = sys.argv[1:] == ["--few"]
+    for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float32, torch.float16):
         for memory in ("lean", "shadow", "master"):
             for noise in ("gaussian", "rademacher", "hadamard"):
                 walk(dtype, memory, noise, 3)

@@ -6,6 +6,9 @@ for the device: NaN and infinity are the caller's to keep out. Not yet run on a 
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 
 from esfast.device_table import driver
@@ -14,6 +17,11 @@ from esfast.shaping import METHODS
 
 _NUMBERS = {"rank": 0, "z_score": 1, "centered_rank": 2, "raw": 3, "group_centered": 4}
 assert set(_NUMBERS) == set(METHODS)
+
+
+@cache
+def _prepared(kernels: Any, device: int) -> None:
+    kernels.prepare(device)  # or the first call would load the kernels, which a capture forbids
 
 
 def shape_on_device(rewards: torch.Tensor, method: str = "rank") -> torch.Tensor:
@@ -33,6 +41,7 @@ def shape_on_device(rewards: torch.Tensor, method: str = "rank") -> torch.Tensor
             f"{rewards.device}; on a device it takes float64 on CUDA with {dimensions} dimensions. "
             "Elsewhere use esfast.shaping."
         )
+    _prepared(kernels, rewards.device.index or 0)
     values = rewards.contiguous()
     population, prompts = values.shape[0], values.shape[1] if dimensions == 2 else 1
     room = kernels.shape_doubles(population, prompts)

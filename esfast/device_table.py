@@ -44,6 +44,18 @@ def make_records(device: torch.device) -> Any:
     return DeviceRecords() if device.type == "cuda" else _core.Records()
 
 
+def room(count: int, dtype: torch.dtype, device: torch.device, what: str) -> torch.Tensor:
+    """`count` numbers of device memory for `what`; MemoryError where there are not so many."""
+    try:
+        return torch.empty(count, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"{what} needs {count * dtype.itemsize / 1e9:.2f} GB on {device} "
+            f"({str(error).splitlines()[0]}); the weights are restored. Free memory, or lower "
+            "sigma or the population."
+        ) from None
+
+
 class DeviceRecords:
     """Lists of what rounding loses, in device memory, and the member that they belong to."""
 
@@ -97,8 +109,11 @@ class DeviceUpdates(ABC):
         self.device = device
 
     def capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """Whether this device's current stream is being captured into a graph."""
+        if self.device.type != "cuda":
+            return False
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def update(
         self,
@@ -122,7 +137,7 @@ class DeviceUpdates(ABC):
         """The population's terms, and device memory for them."""
         population = self._kernels.Population(noise, list(members), list(coefficients))
         words = -(-population.bytes // 4)
-        workspace = torch.empty(words, dtype=torch.int32, device=self.device)
+        workspace = room(words, torch.int32, self.device, "an update's members")
         count = torch.zeros(1, dtype=torch.int64, device=self.device)
         return UpdateCall(population, workspace, count)
 
@@ -154,7 +169,7 @@ class DeviceTable(DeviceUpdates):
 
     def _place(self, *used: torch.Tensor) -> Any:
         """Where a call goes. The allocator may reuse what it uses only after the stream."""
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and not self.capturing():
             stream = torch.cuda.current_stream(self.device)
             for tensor in (self._spans, self._sum, *used):
                 tensor.record_stream(stream)
@@ -220,8 +235,9 @@ class DeviceTable(DeviceUpdates):
         if records.values is not None:
             return
         units = self.tiles * self._kernels.tile_units
-        records.marks = torch.empty(units, dtype=torch.uint8, device=self.device)
-        records.offsets = torch.empty(self.tiles, dtype=torch.int32, device=self.device)
+        what = "lean memory"
+        records.marks = room(units, torch.uint8, self.device, what)
+        records.offsets = room(self.tiles, torch.int32, self.device, what)
         records.demand = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._grow(records, self._expected_words(noise, member, scale, _SAMPLE_STRIDE))
 
@@ -237,14 +253,8 @@ class DeviceTable(DeviceUpdates):
         records.slab = max(_SMALLEST_SLAB, min(_LARGEST_SLAB, demand // warps // 8))
         words = min(int(demand * _SLACK) + warps * records.slab, _MOST_WORDS)
         records.values = None  # first: the old list may be what leaves no room for the new one
-        try:
-            records.values = torch.empty(words, dtype=torch.int32, device=self.device)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"lean memory needs {4 * words / 1e9:.2f} GB on {self.device} for what rounding "
-                f"loses ({str(error).splitlines()[0]}); the weights are restored. Free memory, or "
-                "lower sigma."
-            ) from None
+        what = "what lean memory's rounding loses"
+        records.values = room(words, torch.int32, self.device, what)
 
     def _buffers(self, records: DeviceRecords) -> Any:
         marks, offsets, values, demand = records.buffers

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def seconds_since_import() -> float:
 
 def reset_peak() -> bool:
     """Forget the peaks so far; False where this system does not let a process do so."""
-    if torch.cuda.is_available():
+    if _cuda_is_used():
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
@@ -95,13 +96,19 @@ def reset_peak() -> bool:
     return True
 
 
+def _cuda_is_used() -> bool:
+    """Asking for its memory would make a context otherwise, after which no fork can use a GPU."""
+    initialized: Any = torch.cuda.is_initialized
+    return bool(initialized())
+
+
 def peak_bytes() -> int:
     """The peak resident set since the last reset (or the start), plus the CUDA allocator's peak."""
     peak = _status_bytes("VmHWM")
     if peak is None:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
+    if _cuda_is_used():
         peak += torch.cuda.max_memory_allocated()
     return peak
 

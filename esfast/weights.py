@@ -69,6 +69,7 @@ class Weights(LiveWeights):
     table: what to edit; memory: "lean", "shadow" or "master"; anchor: for decay; threads: None
     takes the cores this process may use. After an exception the weights are restored or untouched.
     Calls from several threads take turns; it cannot be copied or pickled, since it edits addresses.
+    A CUDA graph that captured its calls has those addresses too: keep it until the last replay.
     """
 
     def __init__(

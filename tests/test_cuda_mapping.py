@@ -251,6 +251,18 @@ STREAMED: dict[str, Callable[[torch.dtype], list[Segment]]] = {
 }
 
 
+@pytest.mark.parametrize("first", [0, 0x7F7F7000, 0x7F800000, 0x80007FF0, 0x3F800000, 0xFFFFF000])
+def test_roundings_to_bfloat16(emulator: Any, first: int) -> None:
+    """The stand-in for the conversion instruction, which tests/test_gpu_arithmetic.py looks at."""
+    out = np.zeros(4096, dtype=np.uint16)
+    emulator.cuda.roundings(0, 0, first, out.size, out.ctypes.data)
+    bits = np.arange(first, first + out.size, dtype=np.uint64).astype(np.uint32)
+    values = torch.from_numpy(bits.view(np.float32))
+    want = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).copy()
+    want[values.isnan().numpy()] = 0x7FC0
+    np.testing.assert_array_equal(out, want)
+
+
 @pytest.mark.parametrize("chunk", [64, 4096, 1 << 20])
 @pytest.mark.parametrize("layout", STREAMED)
 @pytest.mark.parametrize("dtype", DTYPES)

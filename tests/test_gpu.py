@@ -121,19 +121,6 @@ def test_a_billion_draws(noise: str, members: int) -> None:
             raise AssertionError("the checksums differ and the bits do not")
 
 
-def test_square_roots_exhaustively() -> None:
-    """Every fp32 number from 2^-60 to 64, and both zeros, against the CPU's rounded root."""
-    stream = torch.cuda.current_stream().cuda_stream
-    step, last = 1 << 24, 0x42800000
-    out = torch.empty(step, device="cuda")
-    for first in [0, 0x80000000, *range(0x21800000, last, step)]:
-        count = 1 if first in (0, 0x80000000) else step
-        _core.cuda.roots(0, stream, first, count, out.data_ptr())
-        bits = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
-        want = np.sqrt(bits.view(np.float32))
-        assert_bits(out[:count].cpu(), want.view(np.uint32), f"roots from {first:#x}")
-
-
 # ---- weights -----------------------------------------------------------------------------------
 
 SIGMAS = (1e-3, 0.02, 30.0, 1e30, 1e-44)
@@ -282,6 +269,7 @@ def test_graph_capture(noise: str) -> None:
     pair = Pair(of_model(tensors("bfloat16")), "shadow", anchored=True)
     members, values = population(noise, 40), coefficients(40, 0.02)
     decay = AnchoredDecay("l2", 3.0)
+    pair.update(members, values, decay=decay, alpha=0.1, seed=4)  # torch's own kernels are loaded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         pair.weights[1].perturb(member_of(noise, 1), 0.02)

@@ -50,7 +50,16 @@ def build(folder: Path, compiler: str, machine: str, extra: list[str]) -> Path:
     for source, target_flags in {**sources, "../tests/native/check.cpp": []}.items():
         objects.append(str(folder / (Path(source).name + ".o")))
         flags = flags_of(source, target_flags, "clang" not in compiler)
-        command = [compiler, *flags, *extra, "-c", str(ROOT / "csrc" / source), "-o", objects[-1]]
+        command = [
+            compiler,
+            *flags,
+            "-Werror",
+            *extra,
+            "-c",
+            str(ROOT / "csrc" / source),
+            "-o",
+            objects[-1],
+        ]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for job in jobs:
         _, errors = job.communicate()

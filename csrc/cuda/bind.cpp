@@ -115,6 +115,9 @@ void bind(py::module_& parent) {
   m.def("roots", [](int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out) {
     check(roots(device, stream, first, count, out));
   });
+  m.def("roundings", [](int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out) {
+    check(roundings(device, stream, first, count, out));
+  });
   m.def("shape_doubles", &shape_doubles);
   m.def("shape", [](int shaping, int device, uint64_t stream, uint64_t rewards, uint64_t population,
                     uint64_t prompts, uint64_t workspace, uint64_t fitness) {

@@ -59,6 +59,8 @@ Status update(const Place&, const UpdateCall&, uint64_t workspace, uint64_t satu
 // The square roots of `count` fp32 numbers with consecutive bits, as the noise takes them: for a
 // test.
 Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out);
+// The same numbers rounded to bf16, as weights are: `count` is a multiple of 8.
+Status roundings(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out);
 
 // Rewards to fitness on the device (shaping.hpp has the formulas), the bits of the CPU's.
 // rewards: [population, prompts] doubles, row-major; prompts is 1 but for group_centered.

@@ -76,7 +76,7 @@ Status launch(const Place& place, uint32_t tiles, Shape shape, const char* what,
     return status_of(error == cudaSuccess ? cudaErrorNoKernelImageForDevice : error, what);
   }
   const uint32_t warps = static_cast<uint32_t>(shape.threads) / kWarp;
-  const uint32_t useful = (tiles + warps - 1) / warps;
+  const uint32_t useful = (tiles - 1) / warps + 1;
   const uint32_t blocks =
       useful < static_cast<uint32_t>(resident) ? useful : static_cast<uint32_t>(resident);
   kernel<<<blocks, static_cast<uint32_t>(shape.threads), shape.shared,

@@ -334,6 +334,14 @@ ESFAST_FN Raw rounded(const float (&v)[8]) {
   return rounded_singly<T>(v);
 }
 
+// The 8 fp32 numbers whose bits follow `first`, rounded to bf16: for a test.
+ESFAST_FN Raw rounded_from(uint32_t first) {
+  float v[8];
+  ESFAST_UNROLL
+  for (uint32_t e = 0; e < 8; ++e) v[e] = Scalar::as_float(first + e);
+  return rounded<BF16>(v);
+}
+
 // Two 16-bit numbers a word, added below what is kept. Only a magnitude of the last finite bf16 or
 // more can overflow, be infinite or NaN: the OR of all eight tells, at worst too often.
 template <class T>

@@ -48,6 +48,12 @@ __global__ void roots_kernel(uint32_t first, uint64_t count, float* out) {
     out[i] = Thread::sqrtf(Scalar::as_float(first + static_cast<uint32_t>(i)));
 }
 
+__global__ void roundings_kernel(uint32_t first, uint64_t units, uint64_t out) {
+  const uint64_t every = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < units; i += every)
+    store_four(out + 16 * i, rounded_from(first + static_cast<uint32_t>(8 * i)).w);
+}
+
 }  // namespace
 
 Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out) {
@@ -56,6 +62,14 @@ Status roots(int device, uint64_t stream, uint32_t first, uint64_t count, uint64
   roots_kernel<<<1024, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
       first, count, reinterpret_cast<float*>(out));
   return status_of(cudaGetLastError(), "roots");
+}
+
+Status roundings(int device, uint64_t stream, uint32_t first, uint64_t count, uint64_t out) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return status_of(guard.error(), "choosing the device");
+  roundings_kernel<<<1024, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(first, count / 8,
+                                                                                  out);
+  return status_of(cudaGetLastError(), "roundings");
 }
 
 std::vector<std::string> devices() {

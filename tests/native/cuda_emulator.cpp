@@ -228,6 +228,11 @@ Status update(const Place& place, const UpdateCall& call, uint64_t workspace, ui
 Status roots(int, uint64_t, uint32_t, uint64_t, uint64_t) {
   return {"roots are not emulated"};
 }
+Status roundings(int, uint64_t, uint32_t first, uint64_t count, uint64_t out) {
+  for (uint64_t i = 0; i < count / 8; ++i)
+    store_four(out + 16 * i, rounded_from(first + static_cast<uint32_t>(8 * i)).w);
+  return {};
+}
 uint64_t shape_doubles(uint64_t, uint64_t) {
   return 1;
 }
