@@ -49,17 +49,8 @@ def build(folder: Path, compiler: str, machine: str, extra: list[str]) -> Path:
     jobs, objects = [], []
     for source, target_flags in {**sources, "../tests/native/check.cpp": []}.items():
         objects.append(str(folder / (Path(source).name + ".o")))
-        flags = flags_of(source, target_flags, "clang" not in compiler)
-        command = [
-            compiler,
-            *flags,
-            "-Werror",
-            *extra,
-            "-c",
-            str(ROOT / "csrc" / source),
-            "-o",
-            objects[-1],
-        ]
+        flags = [*flags_of(source, target_flags, "clang" not in compiler), "-Werror"]
+        command = [compiler, *flags, *extra, "-c", str(ROOT / "csrc" / source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for job in jobs:
         _, errors = job.communicate()
