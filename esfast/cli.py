@@ -19,7 +19,7 @@ from esfast.continual_command import add_continual_arguments, run_continual
 from esfast.diagnosis import add_forgetting_arguments, run_forgetting
 from esfast.errors import EsfastError
 from esfast.grpo_command import add_grpo_arguments, run_grpo
-from esfast.lasting_output import is_worth_telling, lasting_stdout
+from esfast.lasting_output import is_worth_telling, lasting_output
 from esfast.measure import seconds_since_import
 from esfast.replay_command import (
     add_apply_arguments,
@@ -52,13 +52,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code (argparse's own exits raise SystemExit)."""
-    with lasting_stdout() as output:
+    with lasting_output() as output:
         code = _command(argv)
-    lost = output.lost if output is not None else None
-    if lost is None or not is_worth_telling(lost):
-        return code
-    told = f"standard output could not be written ({lost.strerror or lost}); else all was done."
-    return _say(told, code or MENDABLE)
+        if output is not None:
+            output.flush()
+        lost = output.lost if output is not None else None
+        if lost is None or not is_worth_telling(lost):
+            return code
+        told = f"standard output could not be written ({lost.strerror or lost}); else all was done."
+        return _say(told, code or MENDABLE)
 
 
 def _command(argv: list[str] | None) -> int:

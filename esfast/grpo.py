@@ -192,6 +192,7 @@ class GrpoRun(TrainingRun):
 
     def _start(self) -> None:
         """What generating costs without training is measured before any gradient exists."""
+        self.folder.begin()
         rows = self.folder.lines()
         self._failed_rewards = sum(row["failed_rewards"] for row in rows)
         prompts = [example.prompt for example in self.batch(0)] * self.config.group_size
@@ -254,6 +255,7 @@ class GrpoRun(TrainingRun):
         """The task's score of each row; one that fails is the task's failure reward."""
         batch = self.batch(generation)
         self._scores = self.task.score_all([batch[place] for place in places], texts)
+        self.failures.add(self._scores, "an answer")
         self._failed_rewards += sum(score.failed for score in self._scores)
         self.clock.lap(SCORING)
         self.progress.doing(f"generation {generation + 1}/{self.config.generations} gradients")
@@ -331,6 +333,7 @@ class GrpoRun(TrainingRun):
         self.account.read(self.account.evaluation, *_tokens(completions))
         texts = [completion.text for completion in completions]
         scores = self.task.score_all(self._held_out, texts)
+        self.failures.add(scores, "a held-out answer")
         self.clock.lap(EVALUATION)
         return HeldOut(generation, tuple(scores), tuple(texts))
 

@@ -18,6 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
+
+from safetensors import SafetensorError, safe_open
 
 from esfast.errors import ConfigError, DataError
 from esfast.whole_file import whole_file
@@ -128,13 +131,25 @@ def arguments(config: GrpoConfig, folder: Path, model: Any) -> Any:
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path]:
     """(generation, path) of the newest whole checkpoint. Raises DataError where there is none."""
-    found = [(_generation_of(mark), mark.parent) for mark in folder.glob(f"checkpoint-*/{WHOLE}")]
+    marks = [mark for mark in folder.glob(f"checkpoint-*/{WHOLE}") if _is_readable(mark.parent)]
+    found = [(_generation_of(mark), mark.parent) for mark in marks]
     if not found:
         raise DataError(
             f"{folder} holds no whole checkpoint to go on from; a run writes them with "
             "--checkpoint-every N. Start a new run."
         )
     return max(found)
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    """Whether its files end where they should; a disk may have lost the end of one since."""
+    try:
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return all(is_zipfile(path) for path in checkpoint.glob("*.pt"))
 
 
 def _generation_of(mark: Path) -> int:

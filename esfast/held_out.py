@@ -57,6 +57,11 @@ class HeldOut:
         """Wilson's 95 % interval of `solved`."""
         return None if self.solved is None else wilson(self.solved, len(self.scores))
 
+    @property
+    def failed(self) -> int:
+        """Answers that could not be scored and have the failure reward."""
+        return sum(score.failed for score in self.scores)
+
     def record(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -66,7 +71,7 @@ class HeldOut:
             "score_95": list(self.interval),
             "solved": self.solved,
             "solved_95": None if self.solved_interval is None else list(self.solved_interval),
-            "failed_rewards": sum(score.failed for score in self.scores),
+            "failed_rewards": self.failed,
         }
 
     def text(self) -> str:

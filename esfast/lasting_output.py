@@ -1,8 +1,9 @@
-"""Standard output that may go away (`| head -1`, a full disk, a terminal that was closed) without
-taking a run of hours with it.
+"""Standard output and error that may go away (`| head -1`, a full disk, a terminal that was closed)
+or that cannot hold a character, without taking a run of hours with them.
 
 What is written after that goes nowhere; the run's folder has all of it. A broken pipe is silent, as
-is usual; anything else that went wrong is told at the end.
+is usual; anything else that went wrong with the output is told at the end. Libraries write to both
+streams too: a progress bar of transformers that fails would otherwise be a model not saved.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ class LastingOutput:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes the text where that can be done; its length."""
+        """Writes the text where that can be done, ? for what the encoding lacks; its length."""
         try:
             self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            self.write(text.encode(encoding, "replace").decode(encoding))
         except OSError as error:
             self._lose(error)
         return len(text)
@@ -54,19 +58,19 @@ class LastingOutput:
 
 
 @contextmanager
-def lasting_stdout() -> Iterator[LastingOutput | None]:
-    """Puts one in the place of sys.stdout; None where that is closed."""
-    before: Any = sys.stdout
-    if before is None:
-        yield None
-        return
-    lasting = LastingOutput(before)
-    sys.stdout = lasting
+def lasting_output() -> Iterator[LastingOutput | None]:
+    """Puts one each in the place of sys.stdout and sys.stderr; gives the first, None where that is
+    closed."""
+    before: list[Any] = [sys.stdout, sys.stderr]
+    lasting = [None if stream is None else LastingOutput(stream) for stream in before]
+    sys.stdout, sys.stderr = lasting
     try:
-        yield lasting
+        yield lasting[0]
     finally:
-        lasting.flush()
-        sys.stdout = before
+        for stream in lasting:
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def is_worth_telling(lost: OSError | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from esfast.anchor import Anchor
 from esfast.checkpoint import save_model
 from esfast.engines.base import Engine
 from esfast.errors import ConfigError
@@ -86,4 +87,6 @@ def _transformers(args: argparse.Namespace) -> Opened:
     loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     engine = TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
     anchor = _anchor(args, loaded.folder)
+    if args.anchor_model is not None:
+        Anchor.from_safetensors(anchor, engine.table())  # one that does not fit: before a folder
     return Opened(engine, anchor, lambda path, made: save_model(loaded, path, made=made))

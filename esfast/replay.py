@@ -103,12 +103,12 @@ def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
     """DataError where `es` does not hold the weights and anchor that the journal starts from."""
     _require_tensors(header, es.weights.specs())
     for what, recorded, seen in (
-        ("base weights", header.base_checksum, es.weights.checksum()),
-        ("anchor", header.anchor_checksum, _anchor_checksum(header, es)),
+        ("base weights have", header.base_checksum, es.weights.checksum()),
+        ("anchor has", header.anchor_checksum, _anchor_checksum(header, es)),
     ):
         if recorded != seen:
             raise DataError(
-                f"the {what} have checksum {seen}, and the journal starts from {recorded}: another "
+                f"the {what} checksum {seen}, and the journal starts from {recorded}: another "
                 "model or another revision of it. Give the model that the run started from."
             )
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from esfast.checkpoint import save_model
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
-from esfast.journal import Journal, export_journal, read_journal
+from esfast.journal import Journal, export_journal, journal_path, read_journal
 from esfast.journal_format import JournalHeader
 from esfast.models import load_model, model_folder
 from esfast.provenance import provenance
@@ -104,7 +104,12 @@ def _tell_unread_anchor(console: Console, es: EvolutionStrategy, named: str) -> 
 
 def run_export(args: argparse.Namespace) -> int:
     """Writes the compressed journal."""
-    journal = read_journal(args.journal)
+    journal, target = read_journal(args.journal), Path(args.output)
+    if target.exists() and target.samefile(journal_path(args.journal)):
+        raise ConfigError(
+            f"{target} is the run's own journal, which holds more than what is exported (rewards, "
+            "settings, where it went on); name another file with -o."
+        )
     if journal.torn is not None:
         _say(Console(), journal.torn)
     model = str(journal.header.run.get("model", "not recorded"))

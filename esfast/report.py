@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +17,20 @@ from esfast.prior.scores import KINDS
 from esfast.training_run import SAMPLES_SHOWN, TrainResult
 
 LONGEST_SHOWN = 200
+REASONS_SHOWN = 3
 INTERRUPTED = 130
 
 
 def print_result(console: Console, result: TrainResult, folder: Path) -> None:
     """Held-out score before and after, four answers before and after, time, memory, the folder."""
-    lines = [*_held_out_lines(result), "", *_sample_lines(result)]
-    lines += [*prior_lines(result.prior.summary()), *_cost_lines(result)]
-    lines.append(f"run folder: {folder}")
-    for line in lines:
+    for line in [*result_lines(result), f"run folder: {folder}"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def result_lines(result: TrainResult) -> list[str]:
+    """The same without the folder, a line each."""
+    lines = [*_held_out_lines(result), "", *_sample_lines(result)]
+    return [*lines, *prior_lines(result.prior.summary()), *_cost_lines(result)]
 
 
 def _held_out_lines(result: TrainResult) -> list[str]:
@@ -38,11 +43,18 @@ def _held_out_lines(result: TrainResult) -> list[str]:
         "",
         f"held-out score  {before.text()} -> {after.text()}   95 % intervals, "
         f"{len(before.scores)} prompts, generation {before.generation} and {after.generation}",
-        f"rise            {rise[0]:+.3f}, {rise[1]:.1f} standard errors",
+        f"rise            {rise[0]:+.3f}, {_in_errors(rise[1])}",
     ]
+    failed = [(h.failed, when) for h, when in ((before, "before"), (after, "after")) if h.failed]
+    for count, when in failed:
+        lines.append(f"not scored      {count} of the held-out answers {when}: the failure reward")
     if before.solved is not None and after.solved is not None:
         lines.append(f"exactly right   {_share(before)} -> {_share(after)}")
     return lines
+
+
+def _in_errors(errors: float) -> str:
+    return f"{errors:.1f} standard errors" if math.isfinite(errors) else "the same for every prompt"
 
 
 def _share(held_out: HeldOut) -> str:
@@ -70,7 +82,8 @@ def prior_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lines = ["prior tasks     95 % intervals; recovery is final - worst"]
     for task in outcomes:
-        lines.append(f"  {task['task']}  ({task['metric']}, {task['prompts']} prompts)")
+        failed = f", {task['failed']} answers not scored" if task["failed"] else ""
+        lines.append(f"  {task['task']}  ({task['metric']}, {task['prompts']} prompts{failed})")
         lines += [_outcome_line(kind, task[kind]) for kind in KINDS if task[kind]]
     return [*lines, ""]
 
@@ -103,6 +116,8 @@ def _cost_lines(result: TrainResult) -> list[str]:
         lines += [_account_line(result.cost["training"]), _measuring_line(result.cost)]
     if result.failed_rewards:
         lines.append(f"failed rewards  {result.failed_rewards} (each got the failure reward)")
+    for failure in result.failures[:REASONS_SHOWN]:
+        lines.append(f"  {failure['count']} times: {failure['reason'][:LONGEST_SHOWN]}")
     return lines
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
+from esfast.launch.torchrun import under_torchrun
 from esfast.run_folder import read_config
 
 # --model, --data, --eval-data: a folder that was moved; their content is compared. --threads can
@@ -26,6 +27,8 @@ MAY_CHANGE = frozenset(
         *("gpu_memory_utilization", "engine_option", "tensor_parallel_size"),
     )
 )
+# Only of a run that has no prior tasks yet: scores of other prompts could not be compared.
+PRIOR = frozenset(("prior_size", "prior_samples", "prior_temperature"))
 Adder = Callable[[argparse.ArgumentParser], None]
 
 
@@ -93,21 +96,31 @@ def resumed(args: argparse.Namespace, add_arguments: Adder) -> PastRun:
     changed = {name: value for name, value in given.items() if value != flags.get(name)}
     _require_allowed(changed, flags)
     merged = argparse.Namespace(**{**vars(args), **flags, **changed, "output": str(folder)})
+    _launch_anew(merged, given)
     changes = {name: [flags.get(name), value] for name, value in changed.items()}
     return PastRun(merged, recorded, changes)
 
 
+def _launch_anew(merged: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """How many engines Ray had says nothing of a run that goes on without it."""
+    if getattr(merged, "launcher", None) == "ray" and "launcher" not in given and under_torchrun():
+        merged.launcher = "auto"
+    if getattr(merged, "launcher", "ray") != "ray" and "engines" not in given:
+        merged.engines = None
+
+
 def _require_allowed(changed: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     memories = {flags.get("memory"), changed.get("memory", flags.get("memory"))}
-    refused = sorted(changed.keys() - MAY_CHANGE)
+    allowed = MAY_CHANGE if flags.get("prior_tasks") else MAY_CHANGE | PRIOR
+    refused = sorted(changed.keys() - allowed)
     if "memory" in refused and "master" not in memories:
         refused.remove("memory")  # lean and shadow give the same bits
     if refused:
         shown = ", ".join(f"{_flag(n)} {changed[n]} (it has {flags.get(n)})" for n in refused)
-        allowed = ", ".join(_flag(name) for name in sorted(MAY_CHANGE))
+        may = ", ".join(_flag(name) for name in sorted(allowed))
         raise ConfigError(
             f"the run cannot go on with {shown}: its result would be another. What may change is "
-            f"{allowed}; for anything else start a new run."
+            f"{may}; for anything else start a new run."
         )
 
 

@@ -15,6 +15,7 @@ from esfast.bounds import require_whole
 from esfast.engines.base import Completion, Engine, Sampling
 from esfast.engines.fleet import Fleet
 from esfast.evolution import EvolutionStrategy
+from esfast.failures import Failures
 from esfast.journal_format import GENERATION, GenerationRecord, decode, encode
 from esfast.launch.workers import Alone, Workers
 from esfast.measure import GENERATION as GENERATING
@@ -87,6 +88,7 @@ class Rollout:
         self.config = config
         self.clock = clock
         self.workers: Workers = Alone()
+        self.failures = Failures()
         self.read_tokens = 0
         """Of the prompts answered last, all of them together."""
 
@@ -98,6 +100,7 @@ class Rollout:
         self.clock.lap(GENERATING)
         wait, tokens = self._in_flight(batch, completions)
         scores = wait()
+        self.failures.add(scores, "a held-out answer")
         self.clock.lap(SCORING)
         return scores, [completion.text for completion in completions], tokens
 
@@ -160,7 +163,9 @@ class Rollout:
                 self.clock.lap(RECORDS)
         self.clock.lap(PERTURB)
         for number, (wait, tokens) in sorted(pending.items()):
-            rows[number] = row_of(wait(), tokens, grouped)
+            scores = wait()
+            self.failures.add(scores, "an answer")
+            rows[number] = row_of(scores, tokens, grouped)
         self.clock.lap(SCORING)
         rows = self.workers.gather(rows)
         self.clock.lap(PERTURB)

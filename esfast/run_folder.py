@@ -2,6 +2,7 @@
 
     config.json         settings, and how the run was made
     metrics.jsonl       a line a generation: rewards, held-out scores, tokens, seconds
+    pending.json        such a line while its generation is written down and evaluated
     journal.esj         all that moved the weights, synced before they move (docs/journal.md)
     snapshots/          the newest snapshot, which shortens a resume; never required
     samples.json        the same prompts answered before and after
@@ -31,6 +32,7 @@ from esfast.whole_file import whole_file
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+PENDING = "pending.json"
 SAMPLES = "samples.json"
 SUMMARY = "summary.json"
 PLOTS = "plots"
@@ -53,7 +55,8 @@ class RunFolder:
         changes: Mapping[str, Any] | None = None,
         done: int = 0,
     ) -> None:
-        """Makes the folder and its config.json; with `changes`, takes up the run that is there.
+        """Makes the folder and its config.json; with `changes`, opens the run that is there, in
+        which nothing is changed before `begin`.
 
         Raises ConfigError where something is there already, EsfastError where it cannot be written;
         of a run that goes on StateError where another process has it, DataError for damage.
@@ -62,18 +65,23 @@ class RunFolder:
         self.identity = {name: config[name] for name in IDENTITY if name in config}
         self.changes = changes or {}
         self.journal: JournalWriter | None = None
+        self.begun = False
+        self._config, self._done = config, done
         if changes is None:
             _make(path)
-        else:
-            self._take_up(done)
-        self.write(CONFIG, config)
-
-    def _take_up(self, done: int) -> None:
-        """Opens the journal, and drops the metrics of generations that it does not have."""
-        if self.journal_path.exists():  # a run may be stopped before its first generation
+            self.begin()
+        elif self.journal_path.exists():  # a run may be stopped before its first generation
             self.journal = JournalWriter.resume(self.journal_path)
+
+    def begin(self) -> None:
+        """Of a run that goes on, once its model is known to be the one that it started from: says
+        so in config.json, and drops the summary and the metrics of generations that were lost."""
+        if self.begun:
+            return
+        self.begun = True
         (self.path / SUMMARY).unlink(missing_ok=True)
-        self._keep_metrics(done if self.journal is None else self.journal.generation)
+        self._keep_metrics(self._done if self.journal is None else self.journal.generation)
+        self.write(CONFIG, self._config)
 
     def _keep_metrics(self, generations: int) -> None:
         path = self.path / METRICS
@@ -99,8 +107,27 @@ class RunFolder:
         return self.path / MODEL
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        append_line(self.path / METRICS, record)
+        """One line of metrics.jsonl; it takes the place of one of the same generation."""
+        lines = self.lines()
+        if not lines or lines[-1]["generation"] != record["generation"]:
+            append_line(self.path / METRICS, record)
+        else:
+            self._replace(METRICS, b"".join(_json(line) + b"\n" for line in [*lines[:-1], record]))
+        (self.path / PENDING).unlink(missing_ok=True)
+
+    def pend(self, record: Mapping[str, Any]) -> None:
+        """Keeps a line of metrics.jsonl before its generation is in the journal, for a run that is
+        stopped before it is written."""
+        self.write(PENDING, record)
+
+    def pending(self, generation: int) -> dict[str, Any] | None:
+        """What was last kept by `pend`, where it is of that generation, and metrics.jsonl has not
+        come to it."""
+        lines = self.lines()
+        if not (self.path / PENDING).exists() or (lines and lines[-1]["generation"] >= generation):
+            return None
+        kept: dict[str, Any] = read_json(self.path / PENDING)
+        return kept if kept.get("generation") == generation else None
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far."""
@@ -125,6 +152,16 @@ def _make(path: Path) -> None:
             f"cannot make the folder {path}: {error.strerror or error}; give another one with "
             "--output."
         ) from None
+
+
+def require_journal(path: Path) -> None:
+    """DataError for a run that got somewhere and has no journal to go on from."""
+    got = [name for name in (METRICS, MODEL) if (path / name).exists()]
+    if got and not (path / JOURNAL).exists():
+        raise DataError(
+            f"{path} has {' and '.join(got)} but no {JOURNAL}, so its weights cannot be made again "
+            "and it cannot go on. Put the journal back, or start a new run."
+        )
 
 
 def folder_for(output: str | None, name: str) -> Path:

@@ -32,6 +32,9 @@ class _InPlaceOfCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+COMPILED = "_orig_mod."  # in the names of parameters below a part that torch.compile wraps
+
+
 @dataclass(frozen=True)
 class Computed:
     """In the place of a stored tensor that is no part of one live parameter."""
@@ -51,13 +54,28 @@ def require_live(stored: Mapping[str, torch.Tensor | Computed]) -> dict[str, tor
     return live
 
 
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's, DataParallel's or DistributedDataParallel's."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        inner = (
+            module.module if isinstance(module, parallel) else getattr(module, "_orig_mod", None)
+        )
+        if not isinstance(inner, torch.nn.Module):
+            return module
+        module = inner
+
+
 def stored_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor | Computed]:
     """Checkpoint name -> the live elements, whole parameters themselves where they are stored so.
 
     A module that is no model of transformers 5 has the names of `named_parameters`; tied weights
-    come once.
+    come once. What torch.compile and DataParallel wrap has the names that it has without them.
     """
-    live: dict[str, torch.Tensor] = dict(module.named_parameters())
+    module = unwrapped(module)
+    live: dict[str, torch.Tensor] = {
+        name.replace(COMPILED, ""): parameter for name, parameter in module.named_parameters()
+    }
     revert = _reverting(module)
     if revert is None:
         return dict(live)

@@ -36,7 +36,7 @@ from esfast.measure import (
     Clock,
 )
 from esfast.progress import GenerationReport
-from esfast.replay import catch_up, header_of, require_settings
+from esfast.replay import catch_up, header_of, require_base, require_settings
 from esfast.resources import readable
 from esfast.rollout import Earned, Rollout, TrainConfig, strategy_over
 from esfast.run_folder import RunFolder
@@ -67,11 +67,13 @@ class Trainer(TrainingRun):
         members = config.strategy.population_size
         super().__init__(engine, task, config, folder, save_model, loggers, clock, members)
         self.rollout = Rollout(engine, task, config, self.clock)
+        self.rollout.failures = self.failures
         self._anchor = anchor
         self._greedy = replace(config.sampling, temperature=0.0)
         if isinstance(engine, Fleet):
             engine.note = lambda text: self.progress.note(text)
         self._caught_up = False
+        self._report: GenerationReport | None = None  # of the generation whose line is not written
         self.es: EvolutionStrategy | None = None
 
     def run(self) -> TrainResult:
@@ -81,33 +83,60 @@ class Trainer(TrainingRun):
                 self._start()
                 self._loop()
                 status = "finished"
-            except KeyboardInterrupt:
+            except BaseException as error:
+                if not self.folder.begun:  # a run that goes on is left as it was
+                    self._leave_journal()
+                    raise
+                if not isinstance(error, KeyboardInterrupt):
+                    self._fail()
+                    raise
                 status = "interrupted"
-            except BaseException:
-                for ending in (self._restore, lambda: self._finish("failed"), self._leave_journal):
-                    with suppress(Exception):  # the first error is the one to tell
-                        ending()
-                raise
             self._restore()
             return self._finish(status)
 
+    def _fail(self) -> None:
+        for ending in (self._restore, lambda: self._finish("failed"), self._leave_journal):
+            with suppress(Exception):  # the first error is the one to tell
+                ending()
+
     def _start(self) -> None:
-        """What generating costs without training is measured before any ES structure exists."""
+        """What generating costs without training is measured before any ES structure exists, but
+        for a run that goes on, whose model is looked at first."""
         writer = self.folder.journal
+        es = None
+        if writer is not None:
+            es = strategy_over(self.engine, self.config, self._anchor)
+            require_settings(writer.header, es)
+            require_base(writer.header, es)
+        self.folder.begin()
         prompts = [example.prompt for example in self.rollout.batch(0)]
         self._measure_start(
             0 if writer is None else writer.generation,
             lambda: self.engine.generate(prompts, self.rollout.sampling(0)),
         )
         self.clock.lap(SETUP)
-        self.es = strategy_over(self.engine, self.config, self._anchor)
+        self.es = es or strategy_over(self.engine, self.config, self._anchor)
         self.account.parameters = sum(math.prod(spec.shape) for spec in self.es.weights.specs())
         self._tell_memory(self.es)
         self._open_journal(self.es)
         self._caught_up = True
-        self.account.go_on(self.folder.lines())
+        self._go_on(self.es.generation)
         self._write_samples()
         self.clock.lap(SETUP)
+
+    def _go_on(self, done: int) -> None:
+        """Takes up the account, and completes the last generation's line of metrics.jsonl, which a
+        run that was stopped in it may not have written or evaluated."""
+        lines = self.folder.lines()
+        kept = self.folder.pending(done)
+        last = kept or (lines[-1] if lines else None)
+        self.account.go_on(lines if kept is None else [*lines, kept])
+        if last is None or last["generation"] != done:
+            return
+        held_out = self._evaluate_if_due(done) if last.get("held_out") is None else None
+        if kept is not None or held_out is not None:
+            counted = {"held_out": held_out and held_out.record(), "cost": self.account.counts()}
+            self.folder.add_metrics({**last, **counted})
 
     def _open_journal(self, es: EvolutionStrategy) -> None:
         """A new run's journal, or an old one's, whose end the weights are brought to."""
@@ -117,7 +146,6 @@ class Trainer(TrainingRun):
             es.journal = JournalWriter.create(self.folder.journal_path, header)
             self.rollout.workers.share(self.folder.journal_path.read_bytes())
             return
-        require_settings(writer.header, es)
         self.rollout.workers.share(writer.path.read_bytes())
         done = len(writer.journal.generations)
         self.progress.note(f"going on after generation {done}: replaying the journal")
@@ -145,7 +173,7 @@ class Trainer(TrainingRun):
     def _loop(self) -> None:
         assert self.es is not None
         self._evaluate_prior(self.es.generation)
-        if self.es.generation >= self.config.generations:
+        if self.es.generation >= self.config.generations and self._after is None:
             self._after = self._evaluate(self.es.generation)
         while self.es.generation < self.config.generations:
             report = self._generation(self.es)
@@ -153,10 +181,12 @@ class Trainer(TrainingRun):
             self._snapshot(self.es)
             held_out = self._evaluate_if_due(done)
             self._evaluate_prior(done)
+            self._report = None
             self._record(report, held_out)
         self.rollout.workers.compare(self.es.weights.checksum(), self.es.generation)
 
     def _generation(self, es: EvolutionStrategy) -> GenerationReport:
+        """One generation; its line of metrics.jsonl is kept before the journal has it."""
         started = sum(self.clock.seconds.values())
         generating = self.clock.seconds[GENERATION]
         generation = es.generation
@@ -164,10 +194,9 @@ class Trainer(TrainingRun):
         self._failed_rewards += earned.failed
         read = self.rollout.read_tokens * self.config.strategy.population_size
         self.account.read(self.account.training, read, earned.tokens)
-        saturated = self._step(es, earned)
         members = earned.rewards.mean(axis=1) if earned.rewards.ndim == 2 else earned.rewards
-        return GenerationReport(
-            generation=es.generation,
+        report = GenerationReport(
+            generation=generation + 1,
             reward_mean=float(members.mean()),
             reward_spread=float(members.std()),
             reward_best=float(members.max()),
@@ -176,8 +205,15 @@ class Trainer(TrainingRun):
             / max(self.clock.seconds[GENERATION] - generating, 1e-9),
             seconds=sum(self.clock.seconds.values()) - started,
             outside_share=self.clock.outside_share(),
-            saturated=saturated,
+            saturated=0,
         )
+        self.folder.pend(self._line(report, None))
+        self._report = report
+        saturated = self._step(es, earned)
+        seconds = sum(self.clock.seconds.values()) - started
+        share = self.clock.outside_share()
+        self._report = replace(report, seconds=seconds, outside_share=share, saturated=saturated)
+        return self._report
 
     def _step(self, es: EvolutionStrategy, earned: Earned) -> int:
         """Writes the generation down, then moves the weights; returns how many saturated."""
@@ -209,8 +245,9 @@ class Trainer(TrainingRun):
             self.engine.weights_changed()
 
     def _leave_journal(self) -> None:
-        if self.es is not None and self.es.journal is not None:
-            self.es.journal.close()
+        for journal in (self.folder.journal, None if self.es is None else self.es.journal):
+            if journal is not None:
+                journal.close()
 
     def _close_journal(self) -> None:
         """Marks the end with the weights' checksum, unless the last update is still to be done."""
@@ -223,14 +260,14 @@ class Trainer(TrainingRun):
     def _finish(self, status: str) -> TrainResult:
         """Samples, model, loggers, and last the summary."""
         self.clock.lap(RECORDS)
+        generations = self.es.generation if self.es is not None and self._caught_up else 0
+        if self._report is not None and self._report.generation <= generations:
+            self._record(self._report, None)  # a run that goes on makes up for its evaluation
         self.progress.doing("saving")
         self._write_samples()
-        generations = self.es.generation if self.es is not None and self._caught_up else 0
         if generations:
             self._save_model(self.folder.model)
             self._close_journal()
-        elif self.es is not None and self.es.journal is not None:
-            self.es.journal.close()
-        elif self.folder.journal is not None:
-            self.folder.journal.close()
+        else:
+            self._leave_journal()
         return self._summarise(status, generations)

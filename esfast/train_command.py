@@ -24,7 +24,7 @@ from esfast.replay import catch_up
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
 from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
-from esfast.run_folder import RunFolder, folder_for, require_free
+from esfast.run_folder import RunFolder, folder_for, require_free, require_journal
 from esfast.snapshots import SNAPSHOTS
 from esfast.tasks import Task
 from esfast.train import Trainer
@@ -90,6 +90,7 @@ def _train(
         require_free(output)
     else:
         description = past.described(description)
+        require_journal(output)
     opened = _opened(args, output)
     with closing(opened.engine):
         stages = getattr(args, "stages_left", 1)  # of esfast continual

@@ -8,6 +8,7 @@ folder, the loggers and the console; in the end the samples, the model and the s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from typing import Any, Protocol
 from esfast import measure
 from esfast.cost import Account
 from esfast.engines.base import Engine, Measured
+from esfast.failures import Failures
 from esfast.held_out import HeldOut, rise, samples
 from esfast.loggers import Logger
 from esfast.measure import FINISH, LOOP, PRIOR_TASKS, RECORDS, SETUP, Clock
 from esfast.prior import PriorSettings, PriorTasks
 from esfast.prior.evaluation import PRIOR
+from esfast.prior.scores import PriorScore
 from esfast.progress import GenerationReport, RunProgress
 from esfast.run_folder import SAMPLES, SUMMARY, RunFolder
 from esfast.tasks.base import Example, Task
@@ -47,7 +50,8 @@ class Memory:
 @dataclass(frozen=True)
 class TrainResult:
     """What came of a run; `status` is "finished", "interrupted" or "failed". cost: the record of
-    its `esfast.cost.Account`, None where not all of it is known."""
+    its `esfast.cost.Account`, None where not all of it is known; failures: why answers, held-out
+    ones among them, could not be scored, since the run was last started."""
 
     status: str
     generations: int
@@ -57,6 +61,7 @@ class TrainResult:
     memory: Memory
     clock: Clock
     failed_rewards: int
+    failures: tuple[Mapping[str, Any], ...]
     prior: PriorTasks
     cost: dict[str, Any] | None
 
@@ -76,8 +81,9 @@ class TrainResult:
             "held_out_before": self.before and self.before.record(),
             "held_out_after": self.after and self.after.record(),
             "rise": difference,
-            "rise_in_standard_errors": errors,
+            "rise_in_standard_errors": errors if errors is None or math.isfinite(errors) else None,
             "failed_rewards": self.failed_rewards,
+            "failure_reasons": list(self.failures),
             "prior": self.prior.summary(),
             "cost": self.cost,
             "seconds": dict(self.clock.seconds),
@@ -87,6 +93,11 @@ class TrainResult:
             "peak_bytes": self.memory.peak_bytes,
             "peak_over_inference": self.memory.ratio,
         }
+
+
+def _shown(score: PriorScore) -> str:
+    failed = f" ({score.failed} answers could not be scored)" if score.failed else ""
+    return f"{score.task} {score.greedy.score:.3f}{failed}"
 
 
 class RunSettings(Protocol):
@@ -131,6 +142,7 @@ class TrainingRun(ABC):
         self._peaks = engine if isinstance(engine, Measured) else measure
         self._inference_peak: int | None = None
         self._failed_rewards = 0
+        self.failures = Failures(lambda text: self.progress.note(text))
 
     @abstractmethod
     def _evaluate(self, generation: int) -> HeldOut:
@@ -162,7 +174,7 @@ class TrainingRun(ABC):
             self.clock.lap(RECORDS)
             self.progress.doing("prior tasks")
             scores = self.prior.evaluate(self.engine, generation)
-            shown = ", ".join(f"{score.task} {score.greedy.score:.3f}" for score in scores)
+            shown = ", ".join(map(_shown, scores))
             self.progress.note(f"prior tasks at generation {generation}: {shown}")
             self.clock.lap(PRIOR_TASKS)
 
@@ -171,11 +183,7 @@ class TrainingRun(ABC):
     ) -> None:
         """method: a method's own numbers of the generation, under its name."""
         numbers = report.numbers()
-        line: dict[str, Any] = {"generation": report.generation, **numbers}
-        line["total_seconds"] = dict(self.clock.seconds)
-        line["held_out"] = held_out and held_out.record()
-        line["cost"] = self.account.counts()
-        self.folder.add_metrics({**line, **method})
+        self.folder.add_metrics({**self._line(report, held_out), **method})
         for own in method.values():
             numbers.update(own)
         if held_out is not None:
@@ -184,6 +192,16 @@ class TrainingRun(ABC):
             logger.log(report.generation, numbers)
         self.progress.generation(report, held_out)
         self.clock.lap(RECORDS)
+
+    def _line(self, report: GenerationReport, held_out: HeldOut | None) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        return {
+            "generation": report.generation,
+            **report.numbers(),
+            "total_seconds": dict(self.clock.seconds),
+            "held_out": held_out and held_out.record(),
+            "cost": self.account.counts(),
+        }
 
     def _write_samples(self) -> None:
         shown = self._held_out[:SAMPLES_SHOWN]
@@ -205,6 +223,7 @@ class TrainingRun(ABC):
             memory=Memory(self._inference_peak, peak),
             clock=self.clock,
             failed_rewards=self._failed_rewards,
+            failures=tuple(self.failures.record()),
             prior=self.prior,
             cost=self.account.record(self.prior.tokens()),
         )

@@ -122,6 +122,17 @@ def test_a_script_ends_with_the_weights_of_esfasts_own_loop(llm: Any, plain: Wei
     assert answers(llm) != before
 
 
+def test_a_scale_that_is_no_number_leaves_the_engine_as_it_was(llm: Any) -> None:
+    base = checksum(llm)
+    for method, scale in (("perturb", float("nan")), ("restore", float("inf")), ("perturb", 1e39)):
+        with pytest.raises(Exception, match="a perturbation of seed 1 and scale"):
+            rpc(llm, f"{method}_self_weights", 1, scale)
+    assert checksum(llm) == base
+    rpc(llm, "restore_self_weights", 1, SIGMA)
+    rpc(llm, "perturb_self_weights", 1, SIGMA)
+    assert checksum(llm) == base
+
+
 def test_members_come_back_to_the_bit(llm: Any) -> None:
     """A perturbation, a negative one, one that its opposite undoes, two that nest."""
     before, base = answers(llm), checksum(llm)

@@ -29,7 +29,7 @@ FLOORS = {
     "cost": 3, "held_out": 3, "measure": 3, "provenance": 3,
     "models": 3, "model_cache": 3, "conversion": 3,
     "train": 4, "fast_slow": 4, "run_folder": 4, "loggers": 4, "progress": 4,
-    "rollout": 4, "training_run": 4, "prompt_room": 4, "disk_room": 4, "grpo": 4,
+    "rollout": 4, "failures": 4, "training_run": 4, "prompt_room": 4, "disk_room": 4, "grpo": 4,
     "grpo_trl": 4, "prior": 4, "continual": 4,
     "cli": 5, "plots": 5, "bench": 5, "__main__": 5, "info": 5, "report": 5, "train_command": 5,
     "grpo_command": 5, "diagnosis": 5,

@@ -248,6 +248,14 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path):
     (checkpoints / "checkpoint-2" / "esfast.json").unlink()  # killed before all was on the disk
     done, newest = newest_checkpoint(checkpoints)
     assert done == 1 and newest.name == "checkpoint-1"
+    (checkpoints / "checkpoint-2" / "esfast.json").write_text('{"generation": 2}')
+    assert newest_checkpoint(checkpoints)[0] == 2
+    for name in ("model.safetensors", "optimizer.pt"):  # or its end was lost since
+        file = checkpoints / "checkpoint-2" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        assert newest_checkpoint(checkpoints)[0] == 1
+        file.write_bytes(whole)
     run = make_run(tmp_path / "run", generations=3, checkpoint_every=1, done=done)
     assert run.run(newest).generations == 3
     assert same(weights_in(tmp_path / "run"), weights_in(tmp_path / "whole"))

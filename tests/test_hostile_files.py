@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from test_resume import trainer
 from tiny_models import byte_tokenizer, llama
 
 from esfast.cli import main
 from esfast.errors import ConfigError, DataError, EsfastError
-from esfast.lasting_output import is_worth_telling, lasting_stdout
+from esfast.lasting_output import is_worth_telling, lasting_output
 from esfast.models import load_model, model_folder
 from esfast.run_folder import append_line, read_config, read_json, read_lines
 from esfast.tasks.base import is_reward
@@ -71,6 +74,25 @@ def test_half_a_surrogate_pair_is_written_and_read(tmp_path: Path) -> None:
     append_line(tmp_path / "lines", {"text": "a\udcc3\ud83d b", "name": "ü"})
     assert "ü" in (tmp_path / "lines").read_text(encoding="utf-8")
     assert list(read_lines(tmp_path / "lines")) == [{"text": "a\udcc3\ud83d b", "name": "ü"}]
+
+
+def test_half_a_character_in_a_prompt_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": "a \\ud83d b"}\n')
+    with pytest.raises(DataError, match=r"line 2: it holds '\\ud83d', half of a character"):
+        read_rows(path, ("prompt",))
+
+
+def test_a_run_is_not_exported_over_its_own_journal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path / "run", 1).run()
+    journal = tmp_path / "run" / "journal.esj"
+    before = journal.read_bytes()
+    for place in (journal, tmp_path / "run" / ".." / "run" / "journal.esj"):
+        said = refused(capsys, "export-adapter", str(tmp_path / "run"), "-o", str(place))
+        assert "is the run's own journal" in said
+    assert journal.read_bytes() == before
 
 
 def test_a_byte_order_mark_is_no_row(tmp_path: Path) -> None:
@@ -169,6 +191,32 @@ class Broken:
         return False
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_character_that_the_output_lacks_ends_nothing(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", plain)
+    with lasting_output() as output:
+        print("0.5 ± 0.1 ‖w‖")
+    assert output is not None and output.lost is None
+    plain.seek(0)
+    assert plain.read() == {
+        "ascii": "0.5 ? 0.1 ?w?\n", "latin-1": "0.5 ± 0.1 ?w?\n", "utf-8": "0.5 ± 0.1 ‖w‖\n"
+    }[encoding]  # fmt: skip
+
+
+def test_standard_error_that_goes_away_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's progress bar writes there while a model is saved."""
+    broken = Broken(errno.EPIPE)
+    broken.fileno = lambda: os.open(os.devnull, os.O_WRONLY)  # type: ignore[attr-defined]
+    monkeypatch.setattr("sys.stderr", broken)
+    with lasting_output():
+        sys.stderr.write("10 %")
+        print("50 %", file=sys.stderr, flush=True)
+    assert main(["replay", "/nowhere", "--base", "x", "--output", "y"]) == 2
+
+
 @pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ENOSPC, 2)])
 def test_output_that_goes_away_ends_nothing(
     number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -176,7 +224,7 @@ def test_output_that_goes_away_ends_nothing(
     broken = Broken(number)
     broken.fileno = lambda: os.open(os.devnull, os.O_WRONLY)  # type: ignore[attr-defined]
     monkeypatch.setattr("sys.stdout", broken)
-    with lasting_stdout() as output:
+    with lasting_output() as output:
         Console().print("rich ends the process where a pipe is broken")
         print("and print raises")
     assert output is not None

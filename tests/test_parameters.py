@@ -245,6 +245,20 @@ def test_shards_of_two_dtypes_are_refused() -> None:
         ParameterTable(halves)
 
 
+def test_a_wrapped_module_has_the_names_of_what_it_wraps() -> None:
+    """Or its noise, and its journal, would be another's."""
+    inner = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    plain = ParameterTable.from_module(inner)
+    for wrapped in (torch.compile(inner), torch.nn.DataParallel(inner)):
+        table = ParameterTable.from_module(wrapped)
+        assert table.names == plain.names
+        assert [s.tensor.data_ptr() for s in table.segments] == [
+            s.tensor.data_ptr() for s in plain.segments
+        ]
+    part = torch.nn.Sequential(torch.compile(torch.nn.Linear(3, 4)), torch.nn.Linear(4, 2))
+    assert ParameterTable.from_module(part).names == plain.names
+
+
 def test_what_is_no_model_is_refused() -> None:
     for make, said in (
         (lambda: EvolutionStrategy({"w": torch.ones(2)}), "got a dict; give a torch module"),  # type: ignore[arg-type]

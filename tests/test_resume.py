@@ -135,8 +135,13 @@ def test_an_update_that_was_only_written_is_done(tmp_path, monkeypatch):
     again = trainer(tmp_path / "run", 3, goes_on=True)
     again.run()
     assert torch.equal(again.engine.weights, whole.engine.weights)
-    assert again.engine.calls == 2 + 16 + 1  # held-out and warm-up, one generation, held-out
-    assert [row["generation"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 3]
+    # held-out and warm-up, what was left of generation 2: held-out, one generation, held-out
+    assert again.engine.calls == 2 + 1 + 16 + 1
+    assert [row["generation"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_failed_rewards_are_counted_over_all_of_the_run(tmp_path):

@@ -68,6 +68,23 @@ def test_an_unknown_task_or_option_names_what_there_is():
         make_task("countdown", digits=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("countdown", {"min_numbers": "abc"}, "min_numbers='abc'; expected a whole number"),
+        ("countdown", {"max_target": None}, "max_target=None; expected a whole number"),
+        ("countdown", {"min_numbers": 2.5}, r"min_numbers=2.5; expected a whole number"),
+        ("countdown", {"max_value": True}, "max_value=True; expected a whole number"),
+        ("countdown", {"max_value": 10**9}, "expected at most 20 times it"),
+        ("reasoning_gym:leg_counting", {"size": "abc"}, "size='abc'; expected a whole number"),
+        ("reasoning_gym:leg_counting", {"size": -5}, "size=-5; expected 5 problems or more"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(name, options, said):
+    with pytest.raises(ConfigError, match=said):
+        make_task(name, **options)
+
+
 # --- arithmetic -------------------------------------------------------------------------------
 
 

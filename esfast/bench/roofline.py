@@ -123,4 +123,4 @@ def _legend(axes: Any, points: Sequence[Row]) -> None:
         axes.plot([], [], marker=MARKERS[memory], color=GREY, linestyle="none", label=name)
     axes.plot([], [], marker="o", color=GREY, markerfacecolor="white", linestyle="none",
               label="hollow: restore")  # fmt: skip
-    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    axes.legend(frameon=False, fontsize=7, loc="lower right")

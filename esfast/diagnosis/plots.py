@@ -54,14 +54,15 @@ def _norm(axes: Any, found: Row) -> None:
     ends = [_last(subject)["whole"]["norm"] for subject in found["subjects"]]
     far_apart = 0 < FAR_APART * min(ends) < max(ends)
     for colour, subject in zip(_colours(found), found["subjects"], strict=False):
-        norms = [record["whole"]["norm"] for record in subject["drift"]]
         if subject["kind"] == "checkpoint":
-            axes.axhline(norms[0], color=colour, label=f"{subject['name']} (checkpoint)")
+            norm = subject["drift"][0]["whole"]["norm"]
+            axes.axhline(norm, color=colour, label=f"{subject['name']} (checkpoint)")
             continue
-        generations = [record["generation"] for record in subject["drift"]]
-        axes.plot(generations, norms, color=colour, marker="o", label=subject["name"])
-        law = (subject["noise_norms"] or [])[: generations[-1] + 1]
         first = 1 if far_apart else 0  # a logarithmic axis has no 0
+        points = [(r["generation"], r["whole"]["norm"]) for r in subject["drift"]]
+        shown = [point for point in points if point[0] >= first] or points
+        axes.plot(*zip(*shown, strict=True), color=colour, marker="o", label=subject["name"])
+        law = (subject["noise_norms"] or [])[: points[-1][0] + 1]
         at = range(first, len(law))
         axes.plot(at, law[first:], color=colour, linestyle=":", linewidth=1.2)
     if any(subject["noise_norms"] for subject in found["subjects"]):

@@ -25,11 +25,22 @@ from typing import Any
 from esfast.engines.vllm_plugin import empties
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError
-from esfast.members import Member, generation_seed
-from esfast.strategy import AnchoredDecay
+from esfast.members import Member, generation_seed, whole
+from esfast.strategy import LARGEST, AnchoredDecay, real
 from esfast.update import Update
 
 LONGEST_WAIT = timedelta(minutes=30)  # for an engine whose members take longer
+
+
+def _perturbation(seed: int, scale: float) -> tuple[int, float]:
+    """Both as the list holds them. ConfigError, before it does, for what no update could add."""
+    numbers = whole(seed), real(scale)
+    if numbers[0] is None or numbers[1] is None or abs(numbers[1]) > LARGEST:
+        raise ConfigError(
+            f"a perturbation of seed {seed!r} and scale {scale!r}; expected a whole number and a "
+            f"finite one of at most {LARGEST:g}."
+        )
+    return numbers[0] % 2**64, numbers[1]
 
 
 class DropIn:
@@ -60,7 +71,7 @@ class DropIn:
 
     def perturb(self, seed: int, scale: float) -> None:
         """Adds scale * noise(seed), a negative scale too; undoes the opposite one."""
-        one = (int(seed) % 2**64, float(scale))
+        one = _perturbation(seed, scale)
         opposite = (one[0], -one[1])
         if opposite in self._added:
             self._take_off(opposite)
@@ -70,7 +81,7 @@ class DropIn:
 
     def restore(self, seed: int, sigma: float) -> None:
         """Takes off what `perturb` added with this seed and scale, of either sign."""
-        one = (int(seed) % 2**64, float(sigma))
+        one = _perturbation(seed, sigma)
         there = [at for at in (one, (one[0], -one[1])) if at in self._added]
         if there:
             self._take_off(there[0])

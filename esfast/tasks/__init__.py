@@ -28,6 +28,14 @@ OF_DATA_SETS = ("questions", "reasoning_gym")
 """Tasks that are named with one of their data sets: NAME:DATASET."""
 
 
+PLAIN: dict[object, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+}
+
+
 def make_task(name: str, **options: Any) -> Task:
     """The task called `name`; `reasoning_gym:DATASET` names a data set of that package,
     `questions:DATASET` one of the sets kept with that task.
@@ -48,9 +56,21 @@ def make_task(name: str, **options: Any) -> Task:
 
 def _check_options(name: str, make: type, options: dict[str, Any]) -> None:
     parameters = inspect.signature(make).parameters
+    for option, value in options.items():
+        _check_kind(name, option, value, parameters.get(option))
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     unknown = sorted(set(options) - set(parameters))
     if unknown:
         taken = ", ".join(parameters) or "no options"
         raise ConfigError(f"task {name!r} has no option {', '.join(unknown)}; it takes {taken}.")
+
+
+def _check_kind(name: str, option: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """ConfigError where an option that is a number, a text or a switch got something else."""
+    kind = PLAIN.get(parameter.annotation) if parameter is not None else None
+    if kind is None:
+        return
+    accepted, expected = kind
+    if not isinstance(value, accepted) or isinstance(value, bool) is not (bool in accepted):
+        raise ConfigError(f"task {name!r} got {option}={value!r}; expected {expected}.")

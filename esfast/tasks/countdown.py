@@ -21,6 +21,7 @@ from esfast.tasks.expression import ExpressionError, evaluate
 FORMAT_REWARD = 0.1
 ANSWER_REWARD = 1.0
 HELD_OUT_SHARE = 0.1
+FARTHEST = 20  # times the largest target: 47 ms a problem at 10 times, 330 at 100
 
 _FORMAT = re.compile(r"\s*(?:<think>)?.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -52,6 +53,11 @@ class Countdown(Task):
             raise ConfigError(
                 f"countdown got max_value={max_value} and max_target={max_target}; "
                 "expected at least 9 and 20."
+            )
+        if max_value > FARTHEST * max_target:
+            raise ConfigError(
+                f"countdown got max_value={max_value} and max_target={max_target}, and numbers so "
+                f"large hardly ever reach a target so small; expected at most {FARTHEST} times it."
             )
         self._sizes = (min_numbers, max_numbers)
         self._max_value = max_value

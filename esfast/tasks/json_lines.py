@@ -52,6 +52,13 @@ def prompt_of(path: Path, number: int, row: dict[str, Any]) -> Prompt:
 def _row(path: Path, number: int, line: str, required: tuple[str, ...]) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        raise DataError(
+            f"{path} line {number}: it holds {half}, half of a character (a surrogate), which no "
+            "tokenizer takes; write the whole character."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} line {number}: not JSON ({error}).") from None
     if not isinstance(row, dict):

@@ -59,6 +59,8 @@ class ReasoningGym(PooledTask):
 
         Raises ConfigError for an unknown data set or option, or without the package.
         """
+        if size < 5:
+            raise ConfigError(f"reasoning_gym got size={size}; expected 5 problems or more.")
         self.name = f"reasoning_gym:{dataset}"
         config = {**options, "size": size, "seed": problems_seed}
         made = _create(dataset, config)

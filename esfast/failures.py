@@ -1,0 +1,38 @@
+"""Why completions could not be scored: counted by reason, each reason told when it is first met."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from esfast.tasks.base import Score
+
+TOLD = 5  # reasons; a run of thousands of completions would drown in the rest
+KEPT = 20
+OTHERS = "other reasons"
+
+
+class Failures:
+    """The failed scores of a run; `tell` gets a line for each of the first reasons."""
+
+    def __init__(self, tell: Callable[[str], object] = lambda text: None) -> None:
+        self.tell = tell
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, scores: Iterable[Score], where: str) -> None:
+        """Takes up those that failed. where: such as "a held-out answer"."""
+        for score in scores:
+            if score.failed:
+                self._take(" ".join(score.feedback.split()) or "no reason was given", where)
+
+    def _take(self, reason: str, where: str) -> None:
+        if reason not in self._reasons and len(self._reasons) >= KEPT:
+            reason = OTHERS
+        if reason not in self._reasons and len(self._reasons) < TOLD:
+            self.tell(f"{where} could not be scored and got the failure reward: {reason}")
+        self._reasons[reason] += 1
+
+    def record(self) -> list[dict[str, Any]]:
+        """The reasons, most frequent first; plain JSON values."""
+        return [{"reason": reason, "count": n} for reason, n in self._reasons.most_common()]
