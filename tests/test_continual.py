@@ -172,7 +172,7 @@ def test_stages_follow_one_another_and_replay_from_their_journals(there, capsys)
     assert weights(base) == weights(f"whole/{STAGES[1]}/model")
     alone = ["replay", f"whole/{STAGES[1]}", "--base", f"whole/{STAGES[0]}/model"]
     assert run(*alone, "--output", "wrong") == 2
-    assert "the anchor have checksum" in capsys.readouterr().err
+    assert "the anchor has checksum" in capsys.readouterr().err
 
 
 def test_the_anchor_is_the_original_or_the_stages_start(there):

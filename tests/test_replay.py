@@ -240,7 +240,7 @@ def test_another_anchor_is_refused(tmp_path):
     shifted = ParameterTable.from_tensors({name: tensor + 1 for name, tensor in base.items()})
     anchor = Anchor.in_memory(shifted)
     es = EvolutionStrategy(table, replace(journal.header.config), anchor=anchor)
-    with pytest.raises(DataError, match="the anchor have checksum"):
+    with pytest.raises(DataError, match="the anchor has checksum"):
         catch_up(es, journal)
 
 
