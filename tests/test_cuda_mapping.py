@@ -251,6 +251,40 @@ STREAMED: dict[str, Callable[[torch.dtype], list[Segment]]] = {
 }
 
 
+def aligned(count: int, offset: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """`count` numbers from `offset` elements after a 16-byte boundary on."""
+    room = torch.zeros(count + offset + 16, dtype=dtype)
+    first = -room.data_ptr() % 16 // room.element_size() + offset
+    return room[first : first + count]
+
+
+@pytest.mark.parametrize(
+    ("segment", "expected"),
+    [
+        (lambda: Segment("w", (5120,), aligned(5120)), 10),
+        (lambda: Segment("w", (5119,), aligned(5119)), 9),
+        (lambda: Segment("w", (100, 64), aligned(6400).view(100, 64)), 12),
+        (lambda: Segment("w", (9000,), aligned(5120), (8,)), 10),
+        (lambda: Segment("w", (2**36,), aligned(1024), (2**35,)), 2),
+        (lambda: Segment("w", (9000,), aligned(5120), (4,)), 0),  # no multiple of 8
+        (lambda: Segment("w", (5120,), aligned(5120, offset=1)), 0),
+        (lambda: Segment("w", (511,), aligned(511)), 0),
+        (lambda: Segment("w", (60, 40), aligned(9600).view(120, 80)[::2, ::2]), 0),
+        (lambda: Segment("w", (100, 128), aligned(6400).view(100, 64), (0, 64)), 0),  # rows apart
+        (lambda: Segment("w", (5120,), aligned(5120, dtype=torch.float16)), 0),
+        (lambda: Segment("w", (5120,), aligned(5120, dtype=torch.float32)), 0),
+    ],
+)
+def test_dense_tiles_are_what_the_general_mapping_makes_them(
+    emulator: Any, segment: Callable[[], Segment], expected: int
+) -> None:
+    rows = ParameterTable([segment()]).rows()
+    spans, tiles = emulator.cuda.plan(rows)
+    count = len(spans) // emulator.cuda.span_bytes
+    place = emulator.cuda.Place(spans.ctypes.data, count, tiles, 0, 0)
+    assert emulator.dense_tiles(place) == expected
+
+
 @pytest.mark.parametrize("first", [0, 0x7F7F7000, 0x7F800000, 0x80007FF0, 0x3F800000, 0xFFFFF000])
 def test_roundings_to_bfloat16(emulator: Any, first: int) -> None:
     """The stand-in for the conversion instruction, which tests/test_gpu_arithmetic.py looks at."""

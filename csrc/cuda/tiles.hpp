@@ -12,7 +12,7 @@
 #pragma once
 
 #include "../cpu/target.hpp"
-#include "units.hpp"
+#include "unit_values.hpp"
 
 namespace esfast::device {
 

@@ -267,6 +267,35 @@ void cover(const Place& place, uint32_t blocks, uint32_t threads) {
       }
 }
 
+bool same(const Slots& a, const Slots& b) {
+  return a.address == b.address && a.step == b.step && a.first == b.first && a.end == b.end &&
+         a.wide == b.wide;
+}
+
+// How many tiles are dense; -1 where one of their units is not what the general mapping makes it.
+int64_t dense_tiles(const Place& place) {
+  const Span* spans = reinterpret_cast<const Span*>(place.spans);
+  int64_t count = 0;
+  for (uint32_t tile = 0; tile < place.tiles; ++tile) {
+    const Span& s = spans[find_span(spans, place.count, 0, tile)];
+    if (tile - s.first_tile >= s.dense_tiles) continue;
+    ++count;
+    for (uint32_t number = 0; number < kWarp; ++number) {
+      const auto dense = lane_of<Dense>(s, tile, number);
+      const auto general = lane_of<Anyhow>(s, tile, number);
+      for (uint32_t j = 0; j < kSteps; ++j) {
+        const Unit &a = dense.unit[j], &b = general.unit[j];
+        if (a.block != b.block || a.column != b.column || a.row != b.row ||
+            !same(live_of<Dense>(s, a), live_of<Anyhow>(s, b)) ||
+            !same(base_of<Dense>(s, a), base_of<Anyhow>(s, b)) || s.live_dtype != Dtype::bfloat16 ||
+            s.base_dtype != Dtype::bfloat16)
+          return -1;
+      }
+    }
+  }
+  return count;
+}
+
 // The radius's squared argument for every |f| that a word can give: {least but 0, most, negatives}.
 std::vector<double> radius_arguments() {
   struct Seen : Thread {
@@ -297,5 +326,6 @@ std::vector<double> radius_arguments() {
 PYBIND11_MODULE(cuda_emulator, m) {
   esfast::cuda::bind(m);
   m.def("cover", &esfast::cuda::cover);
+  m.def("dense_tiles", &esfast::cuda::dense_tiles);
   m.def("radius_arguments", &esfast::cuda::radius_arguments);
 }
