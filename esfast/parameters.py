@@ -135,7 +135,8 @@ class ParameterTable:
 
         Names and shapes are the checkpoint's (`esfast.stored_names`): the experts that transformers
         holds in one tensor are many here. include=["*.mlp.*"] keeps only what matches;
-        exclude=["*.embed_tokens.*"] drops.
+        exclude=["*.embed_tokens.*"] drops. `requires_grad` is not looked at: nothing here has
+        gradients, and inference code clears it on every weight.
         """
         stored = stored_tensors(module).items()
         table = cls.from_tensors(
