@@ -269,6 +269,15 @@ def test_a_run_without_a_journal_is_the_model_that_it_left(here, tmp_path):
     assert isinstance(subject, Checkpoint) and set(subject.tensors) > {"model.norm.weight"}
 
 
+def test_an_output_that_is_tied_in_one_of_the_models_is_told(here, tmp_path, capsys):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    arguments = ["--base", here / "base", "--no-kl", "--score", "0", "--no-plots"]
+    assert command(tmp_path / "tied", *arguments, "--output", tmp_path / "out") == 0
+    note = "tied: 'lm_head.weight' is stored by the base alone and is not compared."
+    assert found(tmp_path / "out")["notes"] == [note]
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_journal_alone_has_drift_and_says_why_no_kl(here, tmp_path, capsys):
     (tmp_path / "j.esj").write_bytes((here / "es" / "journal.esj").read_bytes())
     places = ["--base", here / "base", "--output", tmp_path / "out", "--no-plots"]

@@ -129,7 +129,13 @@ class Diagnosis:
         at = "" if moment.generation is None else f" at generation {moment.generation}"
         told = partial(self.steps.show, f"{name}: drift{at}", total=self.total)
         dtype = None if self.args.as_dtype is None else getattr(torch, self.args.as_dtype)
-        return drift(moment.base, moment.tuned, dtype=dtype, after=told)
+        report = drift(moment.base, moment.tuned, dtype=dtype, after=told)
+        for alone in sorted(set(moment.base) ^ set(moment.tuned)):  # tied in the other
+            where = "the base" if alone in moment.base else name
+            note = f"{name}: '{alone}' is stored by {where} alone and is not compared."
+            if note not in self.notes:
+                self.notes.append(note)
+        return report
 
     def _answers(self, name: str, generation: int | None, record: dict[str, Any]) -> None:
         """KL and scores of the pair's tuned model, added to `record`."""
