@@ -107,13 +107,14 @@ class RunFolder:
         return self.path / MODEL
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; it takes the place of one of the same generation."""
-        lines = self.lines()
-        if not lines or lines[-1]["generation"] != record["generation"]:
-            append_line(self.path / METRICS, record)
-        else:
-            self._replace(METRICS, b"".join(_json(line) + b"\n" for line in [*lines[:-1], record]))
+        """One line of metrics.jsonl."""
+        append_line(self.path / METRICS, record)
         (self.path / PENDING).unlink(missing_ok=True)
+
+    def complete_metrics(self, record: Mapping[str, Any]) -> None:
+        """The last line of metrics.jsonl anew, with what it lacked."""
+        lines = [*self.lines()[:-1], record]
+        self._replace(METRICS, b"".join(_json(line) + b"\n" for line in lines))
 
     def pend(self, record: Mapping[str, Any]) -> None:
         """Keeps a line of metrics.jsonl before its generation is in the journal, for a run that is

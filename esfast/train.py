@@ -134,9 +134,11 @@ class Trainer(TrainingRun):
         if last is None or last["generation"] != done:
             return
         held_out = self._evaluate_if_due(done) if last.get("held_out") is None else None
-        if kept is not None or held_out is not None:
-            counted = {"held_out": held_out and held_out.record(), "cost": self.account.counts()}
-            self.folder.add_metrics({**last, **counted})
+        if kept is None and held_out is None:
+            return
+        counted = {"held_out": held_out and held_out.record(), "cost": self.account.counts()}
+        write = self.folder.complete_metrics if kept is None else self.folder.add_metrics
+        write({**last, **counted})
 
     def _open_journal(self, es: EvolutionStrategy) -> None:
         """A new run's journal, or an old one's, whose end the weights are brought to."""
