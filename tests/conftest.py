@@ -1,5 +1,5 @@
-"""Fixtures of the whole suite: a `target` that runs a test on every instruction set, a tiny model's
-folder, and vLLM in this process.
+"""Fixtures of the whole suite: a `target` that runs a test on every instruction set, the emulated
+CUDA kernels, a tiny model's folder, and vLLM in this process.
 
 `target` switches the core inside the process (ESFAST_TARGET is read once, at import, and has its
 own test) and gives the default back afterwards. A test that asks for it runs once a target that
@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,25 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _core.target() == request.param
     yield request.param
     _core.set_target(before)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernels on the CPU."""
+    from cuda_emulator import built
+
+    return built(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def emulated(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels in the place of a device's, and every table made from now on in their care."""
+    from esfast import device_table, weights
+
+    monkeypatch.setattr(device_table, "driver", lambda: emulator.cuda)
+    monkeypatch.setattr(weights, "make_table", device_table.DeviceTable)
+    monkeypatch.setattr(weights, "make_records", lambda device: device_table.DeviceRecords())
+    return emulator
 
 
 @pytest.fixture(scope="module")

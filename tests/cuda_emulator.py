@@ -1,10 +1,11 @@
-"""The CUDA half on the CPU: its own device functions, compiled by the host's compiler.
+"""The CUDA half on the CPU: its own kernels, compiled by the host's compiler.
 
-tests/native/cuda_emulator.cpp says what is emulated and what is the product's code.
+tests/native/simt/cuda_runtime.h says what is emulated; everything else is the product's code.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,22 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("tests/native/cuda_emulator.cpp", "csrc/cuda/bind.cpp", "csrc/cuda/plan.cpp")
-SOURCES += ("csrc/population.cpp",)
+SOURCES = ("tests/native/cuda_emulator.cpp", "csrc/population.cpp")
+# What only nvcc reads, in the words of C++: a launch, and shared memory sized by it.
+LAUNCH = re.compile(r"(\w+)<<<(.*?)>>>\(", re.DOTALL)
+LENT = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+
+
+def in_plain_words(folder: Path) -> list[Path]:
+    """Copies csrc and the emulator into `folder`, CUDA's own syntax replaced: what to compile."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "tests" / "native", folder / "tests" / "native")
+    cuda = folder / "csrc" / "cuda"
+    for path in [*cuda.glob("*.cu"), *cuda.glob("*.hpp")]:
+        text = LAUNCH.sub(r"simt::run(\1, {\2}, ", path.read_text())
+        path.write_text(LENT.sub(r"\1* \2 = simt::shared<\1>();", text))
+    own = [path for path in cuda.iterdir() if path.suffix in (".cu", ".cpp")]
+    return [*own, *(folder / source for source in SOURCES)]
 
 
 def built(folder: Path) -> Any:
@@ -33,11 +48,13 @@ def built(folder: Path) -> Any:
         sys.path.remove(str(ROOT))
     pybind11 = pytest.importorskip("pybind11")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes.append(f"-I{folder / 'tests' / 'native' / 'simt'}")
+    flags = [flag for flag in FLAGS if flag != "-O3"]
+    flags += ["-O1", "-U_FORTIFY_SOURCE", *includes]  # fibers jump between stacks
     jobs, objects = [], []
-    for source in SOURCES:
-        objects.append(str(folder / (Path(source).name + ".o")))
-        flags = [flag for flag in FLAGS if flag != "-O3"] + ["-O1", *includes]
-        command = [compiler, *flags, "-c", str(ROOT / source), "-o", objects[-1]]
+    for source in in_plain_words(folder):
+        objects.append(f"{source}.o")
+        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     for job in jobs:
         _, errors = job.communicate()

@@ -1,7 +1,7 @@
-"""The CUDA half where there is no GPU: its mapping, and its device functions on the CPU.
+"""The CUDA half where there is no GPU: its mapping, and its kernels on the CPU.
 
-`emulated` puts the emulator in the place of the kernels and every table on it, and the tests of the
-weights, updates and shards then run a second time, unchanged, over csrc/cuda/tiles.hpp.
+`emulated` puts the emulator in the place of a device's kernels and every table on it, and the tests
+of the weights, updates and shards then run a second time, unchanged, over csrc/cuda.
 """
 
 from __future__ import annotations
@@ -20,24 +20,9 @@ import test_update
 import test_weights
 import torch
 from cases import DTYPES, TORCH, assert_bits, made, member, plain_bits, population, tensor_of
-from cuda_emulator import built
 
-from esfast import Anchor, ParameterTable, Weights, _core, anchor_stream, device_table, weights
+from esfast import Anchor, ParameterTable, Weights, _core, anchor_stream, device_table
 from esfast.segments import Segment
-
-
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return built(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture
-def emulated(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(device_table, "driver", lambda: emulator.cuda)
-    monkeypatch.setattr(weights, "make_table", device_table.DeviceTable)
-    monkeypatch.setattr(weights, "make_records", lambda device: device_table.DeviceRecords())
-    yield
-
 
 # ---- the mapping covers every element once -----------------------------------------------------
 
@@ -158,7 +143,7 @@ def test_the_square_root_is_asked_for_what_it_can_answer(emulator: Any) -> None:
     assert wrong == 0 and least >= 2.0**-24 and most < 64
 
 
-# ---- the suite again, over the device's functions ----------------------------------------------
+# ---- the suite again, over the kernels ----------------------------------------------------------
 
 Case = Callable[..., None]
 # What is about the CPU's targets, or would only repeat.

@@ -1,6 +1,6 @@
 // The binding of cuda.hpp: addresses, sizes and a stream in; nothing or an exception out. A failed
 // call raises esfast.errors.EsfastError with CUDA's own words. Compiled by the host's compiler
-// alone; the tests compile it a second time over an emulation of cuda.hpp that runs on the CPU.
+// alone.
 #include "bind.hpp"
 
 #include <pybind11/numpy.h>
