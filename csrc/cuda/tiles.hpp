@@ -1,5 +1,5 @@
 // What one lane does with its units of a tile, for every kernel. Host-and-device: a kernel is a
-// loop over tiles around one of these, and the tests run the same functions lane by lane.
+// loop over tiles around one of these, which the tests run on the CPU.
 //
 // Lean memory. Perturb leaves, in memory that the caller gives: a byte of marks a unit (which of
 // its 8 weights subtraction does not find back), and those weights themselves, tile by tile, packed
