@@ -201,6 +201,7 @@ class GrpoRun(TrainingRun):
             lambda: self._generate(prompts, self._sampling(0)),
         )
         self.account.go_on(rows)
+        self.clock.go_on(rows)
         self._write_samples()
 
     def _optimise(self, resume: Path | None) -> None:

@@ -44,6 +44,11 @@ class Clock:
             self.seconds[SETUP] = earlier
         self._last = time.perf_counter()
 
+    def go_on(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Adds the seconds of an earlier part of the run, from its metrics lines."""
+        for name, seconds in (lines[-1].get("total_seconds", {}) if lines else {}).items():
+            self.seconds[name] += seconds
+
     def lap(self, name: str) -> float:
         """Puts the time since the last lap to `name`; returns it in seconds."""
         now = time.perf_counter()

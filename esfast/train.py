@@ -125,12 +125,14 @@ class Trainer(TrainingRun):
         self.clock.lap(SETUP)
 
     def _go_on(self, done: int) -> None:
-        """Takes up the account, and completes the last generation's line of metrics.jsonl, which a
-        run that was stopped in it may not have written or evaluated."""
+        """Takes up the account and the clock, and completes the last generation's line of
+        metrics.jsonl, which a run that was stopped in it may not have written or evaluated."""
         lines = self.folder.lines()
         kept = self.folder.pending(done)
-        last = kept or (lines[-1] if lines else None)
-        self.account.go_on(lines if kept is None else [*lines, kept])
+        earlier = lines if kept is None else [*lines, kept]
+        last = earlier[-1] if earlier else None
+        self.account.go_on(earlier)
+        self.clock.go_on(earlier)
         if last is None or last["generation"] != done:
             return
         held_out = self._evaluate_if_due(done) if last.get("held_out") is None else None

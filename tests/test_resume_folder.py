@@ -107,6 +107,19 @@ def test_a_line_that_is_kept_for_another_generation_is_none(tmp_path: Path) -> N
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
 
 
+def test_seconds_of_a_run_that_goes_on_are_those_of_all_its_parts(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", 4).run()
+    last = list(read_lines(tmp_path / "run" / "metrics.jsonl"))[-1]["total_seconds"]
+    spent = {name: 1000.0 + seconds for name, seconds in last.items()}
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().replace(json.dumps(last), json.dumps(spent)))
+    trainer(tmp_path / "run", 6, goes_on=True).run()
+    rows = list(read_lines(path))
+    assert spent == rows[3]["total_seconds"]
+    assert all(row["total_seconds"][name] > 1000 for row in rows[4:] for name in spent)
+    assert all(read_json(tmp_path / "run" / "summary.json")["seconds"][n] > 1000 for n in spent)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
