@@ -1,7 +1,8 @@
 """What the held-out prompts scored, and whether it rose: means with 95 % intervals.
 
     mean +- 1.96 * s / sqrt(n)            s: sample deviation of the prompts' scores
-    shares: Wilson's interval, which keeps to [0, 1] and has width where all or none are right
+    shares, and scores that are all 0 or 1: Wilson's interval, which keeps to [0, 1] and has width
+    where all or none are right
     rise in standard errors: mean(d) / (s_d / sqrt(n)), d = after - before, prompt by prompt
 
 The interval speaks of prompts like these, not of another run's noise.
@@ -42,9 +43,8 @@ class HeldOut:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the mean; of no width for a single prompt."""
-        half = Z95 * _standard_error(self.values)
-        return self.mean - half, self.mean + half
+        """95 % interval of the mean."""
+        return interval_of_mean(self.values)
 
     @property
     def solved(self) -> float | None:
@@ -84,7 +84,7 @@ def rise(before: HeldOut, after: HeldOut) -> tuple[float, float]:
     """(mean difference, the same in standard errors of the paired difference)."""
     difference = after.values - before.values
     mean = float(difference.mean())
-    error = _standard_error(difference)
+    error = standard_error(difference)
     if error == 0.0:
         return mean, math.copysign(math.inf, mean) if mean else 0.0
     return mean, mean / error
@@ -106,6 +106,16 @@ def samples(
     return shown
 
 
+def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of one value a prompt; of no width for a single prompt, unless its
+    value is 0 or 1."""
+    mean = float(values.mean())
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(mean, len(values))
+    half = Z95 * standard_error(values)
+    return mean - half, mean + half
+
+
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` trials."""
     z2 = Z95 * Z95 / count
@@ -114,6 +124,6 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _standard_error(values: Sequence[float] | np.ndarray) -> float:
-    count = len(values)
-    return float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else 0.0
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values; 0 for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -24,6 +24,12 @@ def test_the_interval_is_the_textbooks():
     assert held_out([0.0, 1.0]).solved is None
 
 
+def test_scores_that_are_all_wrong_or_right_have_the_interval_of_a_share():
+    assert held_out([0.0] * 8).interval == wilson(0.0, 8)
+    assert held_out([1.0] * 96).interval[0] < 0.97
+    assert held_out([1.0, 0.0, 1.0]).interval == wilson(2 / 3, 3)
+
+
 def test_wilsons_interval_keeps_to_shares_and_has_width():
     # Newcombe (1998), Stat. Med. 17: 81 of 263 and 0 of 20
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)

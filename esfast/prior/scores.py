@@ -13,14 +13,13 @@ been picked. Where a lower value is better (perplexity), worst is the highest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from esfast.held_out import Z95, wilson
+from esfast.held_out import Z95, interval_of_mean, standard_error
 
 KINDS = ("greedy", "sampled")
 
@@ -47,7 +46,7 @@ class Estimate:
         """From one value a prompt (its mean over the samples)."""
         array = np.asarray(values, dtype=np.float64)
         mean = float(array.mean())
-        low, high = _interval(array)
+        low, high = interval_of_mean(array)
         return cls(mean, low, high, tuple(map(float, array)), samples, temperature)
 
     @classmethod
@@ -164,18 +163,6 @@ def difference_interval(before: Estimate, after: Estimate) -> list[float] | None
     if not before.values or len(before.values) != len(after.values):
         return None
     difference = np.subtract(after.values, before.values)
-    half = Z95 * _standard_error(difference)
+    half = Z95 * standard_error(difference)
     mean = float(difference.mean())
     return [mean - half, mean + half]
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    mean = float(values.mean())
-    if np.isin(values, (0.0, 1.0)).all():
-        return wilson(mean, len(values))
-    half = Z95 * _standard_error(values)
-    return mean - half, mean + half
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
