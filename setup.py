@@ -1,9 +1,11 @@
-"""Builds esfast._core through ninja. `CXX` names the compiler; flags are in build_flags.py."""
+"""Builds esfast._core through ninja. `CXX` names the compiler, with a launcher (ccache) or flags of
+its own if need be; flags are in build_flags.py."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -46,9 +48,24 @@ class Step:
         return self.command.replace("$out", shlex.quote(self.output)).replace("$in", joined)
 
 
+def the_compiler() -> str:
+    return os.environ.get("CXX") or "c++"
+
+
 def is_gcc(compiler: str) -> bool:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    command = [*shlex.split(compiler), "--version"]
+    try:
+        version = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"esfast: the C++ compiler '{compiler}' does not run ({error}). Install one that knows "
+            "C++17 (Debian, Ubuntu: apt install g++), or name one: CXX=clang++ pip install ..."
+        ) from None
     return "clang" not in version.stdout.lower()
+
+
+def ninja_path(path: str) -> str:
+    return re.sub(r"([$ :])", r"$\1", path)
 
 
 def pybind_include() -> str:
@@ -65,9 +82,10 @@ def pybind_include() -> str:
 
 
 def compile_steps() -> list[Step]:
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = the_compiler()
     gcc = is_gcc(compiler)
-    includes = [f"-isystem {path}" for path in (pybind_include(), sysconfig.get_path("include"))]
+    folders = (pybind_include(), sysconfig.get_path("include"))
+    includes = [f"-isystem {shlex.quote(folder)}" for folder in folders]
     sources = {source: [] for source in SOURCES} | TARGETS.get(platform.machine(), {})
     cuda = nvcc()
     if cuda:
@@ -77,8 +95,9 @@ def compile_steps() -> list[Step]:
     for source, extra in sources.items():
         flags = " ".join([*flags_of(source, extra, gcc), *includes])
         steps.append((source, f"{compiler} -MMD -MF $out.d {flags} -c $in -o $out"))
-    for source in CUDA_SOURCES if cuda else []:
-        steps.append((source, f"{cuda} -MD -MF $out.d {' '.join(cuda_flags(cuda))} -c $in -o $out"))
+    for source in CUDA_SOURCES if cuda else ():
+        flags = " ".join(cuda_flags(cuda))
+        steps.append((source, f"{shlex.quote(cuda)} -MD -MF $out.d {flags} -c $in -o $out"))
     return [
         Step(source.replace("/", "_") + ".o", (str(ROOT / "csrc" / source),), command)
         for source, command in steps
@@ -86,7 +105,7 @@ def compile_steps() -> list[Step]:
 
 
 def link_step(output: Path, objects: list[str]) -> Step:
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = the_compiler()
     shared = "-shared" if platform.system() == "Linux" else "-bundle -undefined dynamic_lookup"
     flags = ["-pthread", os.environ.get("ESFAST_CXXFLAGS", "")]
     inputs, cuda = list(objects), nvcc()
@@ -125,8 +144,10 @@ class NinjaBuild(build_ext):
             depfile = "\n  depfile = $out.d\n  deps = gcc" if "$out.d" in step.command else ""
             says = f"\n  description = {Path(step.output).name}"
             lines.append(f"rule r{number}\n  command = {step.command}{says}{depfile}")
-            lines.append(f"build {step.output}: r{number} {' '.join(step.inputs)}")
-        (folder / "build.ninja").write_text("\n".join(lines) + f"\ndefault {steps[-1].output}\n")
+            inputs = " ".join(map(ninja_path, step.inputs))
+            lines.append(f"build {ninja_path(step.output)}: r{number} {inputs}")
+        lines.append(f"default {ninja_path(steps[-1].output)}\n")
+        (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
         found = shutil.which("ninja")
         ninja = [found] if found else [sys.executable, "-m", "ninja"]
         subprocess.run([*ninja, "-C", str(folder)], check=True)
