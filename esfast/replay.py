@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -102,15 +102,20 @@ def _shown(tensor: TensorSpec | None) -> str:
 def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
     """DataError where `es` does not hold the weights and anchor that the journal starts from."""
     _require_tensors(header, es.weights.specs())
-    for what, recorded, seen in (
-        ("base weights have", header.base_checksum, es.weights.checksum()),
-        ("anchor has", header.anchor_checksum, _anchor_checksum(header, es)),
-    ):
-        if recorded != seen:
-            raise DataError(
-                f"the {what} checksum {seen}, and the journal starts from {recorded}: another "
-                "model or another revision of it. Give the model that the run started from."
-            )
+    base, anchor = es.weights.checksum(), _anchor_checksum(header, es)
+    if base != header.base_checksum:
+        raise DataError(
+            f"the base weights have checksum {base}, and the journal starts from "
+            f"{header.base_checksum}: another model or another revision of it. Give the model that "
+            "the run started from."
+        )
+    if anchor != header.anchor_checksum:
+        raise DataError(
+            f"the base is the run's, but the anchor has checksum {anchor}, and the run's decay "
+            f"pulled to {header.anchor_checksum}: another model or another revision of it. Name it "
+            "with --anchor-model; a later stage of esfast continual pulls to the model that the "
+            "sequence started from."
+        )
 
 
 def _anchor_checksum(header: JournalHeader, es: EvolutionStrategy) -> str | None:
@@ -123,29 +128,32 @@ def strategy_of(
     folder: Path | None = None,
     memory: str = "lean",
     threads: int | None = None,
+    elsewhere: Sequence[Path] = (),
 ) -> EvolutionStrategy:
     """A run at generation 0 over the base model of a journal, ready for `replay`.
 
     folder: the base's safetensors, whose mapped file is decay's anchor where the run's was; else
-    the weights as they are now. Raises DataError where the model is not the journal's base.
+    the weights as they are now. elsewhere: folders of other models, whose file is the anchor where
+    it has the recorded bits. Raises DataError where the model is not the journal's base, or no
+    anchor is the journal's.
     """
     header = journal.header
     table = table_for(header, module)
     mode = "master" if header.master else memory
-    anchor = _anchor(header, table, folder)
+    anchor = _anchor(header, table, [*([] if folder is None else [folder]), *elsewhere])
     es = EvolutionStrategy(table, header.config, memory=mode, anchor=anchor, threads=threads)
     require_base(header, es)
     return es
 
 
-def _anchor(header: JournalHeader, table: ParameterTable, folder: Path | None) -> Anchor | None:
-    """The file's tensors where their bits are the recorded ones (they may be wider than the live
+def _anchor(header: JournalHeader, table: ParameterTable, folders: Sequence[Path]) -> Anchor | None:
+    """The first folder's tensors whose bits are the recorded ones (they may be wider than the live
     weights), else None: a copy of the live weights."""
-    if header.anchor_checksum is None or folder is None:
-        return None
-    anchor = Anchor.from_safetensors(folder, table)
-    same = Weights(table, anchor=anchor).anchor_checksum() == header.anchor_checksum
-    return anchor if same else None
+    for folder in folders if header.anchor_checksum is not None else ():
+        anchor = Anchor.from_safetensors(folder, table)
+        if Weights(table, anchor=anchor).anchor_checksum() == header.anchor_checksum:
+            return anchor
+    return None
 
 
 def replay(

@@ -175,6 +175,15 @@ def test_stages_follow_one_another_and_replay_from_their_journals(there, capsys)
     assert "the anchor has checksum" in capsys.readouterr().err
 
 
+def test_forgetting_looks_at_a_later_stage(there, tmp_path):
+    """Its decay pulls to the model that the sequence started from, as its config.json says."""
+    places = ["--base", f"whole/{STAGES[0]}/model", "--output", str(tmp_path / "out")]
+    flags = ["--no-kl", "--score", "0", "--no-plots"]
+    assert run("forgetting", f"whole/{STAGES[1]}", *places, *flags) == 0
+    (subject,) = read_json(tmp_path / "out" / "forgetting.json")["subjects"]
+    assert subject["drift"][0]["whole"]["norm"] > 0
+
+
 def test_the_anchor_is_the_original_or_the_stages_start(there):
     assert run(*FLAGS, *DECAY, "--anchor", "stage", "--output", "stage") == 0
     ends = [weights(f"{name}/{stage}/model") for stage in STAGES for name in ("whole", "stage")]

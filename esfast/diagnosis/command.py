@@ -20,6 +20,7 @@ from rich.console import Console
 
 from esfast.diagnosis.files import write_files
 from esfast.diagnosis.prompts import prompt_sets
+from esfast.diagnosis.recorded import recorded_anchor
 from esfast.diagnosis.steps import Steps
 from esfast.diagnosis.table import print_tables
 from esfast.errors import ConfigError
@@ -30,7 +31,8 @@ from esfast.forgetting.drift import DriftReport, Tensors, drift
 from esfast.forgetting.energy import SHARES
 from esfast.forgetting.equal_norm import Difference, RandomDirection
 from esfast.forgetting.groups import GROUPS
-from esfast.forgetting.subjects import Base, Moment, Subject, names_of, open_subject
+from esfast.forgetting.subjects import Base, Moment, Run, Subject, names_of, open_subject
+from esfast.models import model_folder
 from esfast.provenance import provenance
 from esfast.run_folder import require_free
 from esfast.train_flags import DTYPES, add_task_flags, natural, positive, thread_count
@@ -43,6 +45,12 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("subjects", nargs="+", metavar="RUN", help="run folder, or a checkpoint's")
     parser.add_argument("--base", required=True, metavar="MODEL", help="the runs' --model")
+    parser.add_argument(
+        "--anchor-model",
+        default=None,
+        metavar="MODEL",
+        help="the runs' own, where config.json does not lead to it",
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty")
     parser.add_argument("--at", default="last", help="generations, such as 0,10,last")
     parser.add_argument("--every", type=positive, default=None, help="and every so many of them")
@@ -211,9 +219,7 @@ def run_forgetting(args: argparse.Namespace) -> int:
     """Measures, writes, prints. What can be refused is refused before a model is loaded."""
     output = Path(args.output)
     require_free(output)
-    names = names_of(args.subjects)
-    pairs = zip(args.subjects, names, strict=True)
-    subjects = [open_subject(source, name) for source, name in pairs]
+    subjects = _subjects(args)
     for subject in subjects:
         subject.generations(_words(args.at), args.every)
         subject.generations(_words(args.kl_at), None)
@@ -235,6 +241,21 @@ def run_forgetting(args: argparse.Namespace) -> int:
     print_tables(console, found)
     console.print(f"{len(written)} files in {output}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _subjects(args: argparse.Namespace) -> list[Subject]:
+    """What the command line names. ConfigError for an anchor that no run's decay pulls to."""
+    given = [] if args.anchor_model is None else [model_folder(args.anchor_model)]
+    subjects = [
+        open_subject(source, name, [*given, *recorded_anchor(source)])
+        for source, name in zip(args.subjects, names_of(args.subjects), strict=True)
+    ]
+    if given and not any(isinstance(s, Run) and s.journal.header.config.decay for s in subjects):
+        raise ConfigError(
+            f"none of the runs has weight decay, so nothing pulls to --anchor-model "
+            f"{args.anchor_model}; leave it out."
+        )
+    return subjects
 
 
 def _measured(diagnosis: Diagnosis, subjects: Sequence[Subject]) -> dict[str, Any]:

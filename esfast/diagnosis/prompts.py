@@ -8,12 +8,11 @@ lm-evaluation-harness has no prompts that a sampled answer belongs to, and is re
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from esfast.diagnosis.recorded import recorded_flags
 from esfast.errors import ConfigError
 from esfast.forgetting.answers import PromptSet
 from esfast.prior.evaluation import OwnTask, PriorSettings, make_prior_task
-from esfast.run_folder import CONFIG, read_config
 from esfast.train_flags import add_task_flags, task_of
 
 
@@ -50,23 +49,14 @@ def _recorded(args: argparse.Namespace, notes: list[str]) -> argparse.Namespace 
     add_task_flags(parser.add_argument_group("task"))
     defaults = vars(parser.parse_args([]))
     tasks = []
-    for source in args.subjects:
-        folder = Path(source).expanduser()
-        if folder.name and not folder.is_dir():
-            folder = folder.parent
-        flags = read_config(folder).get("arguments") if _is_run(folder) else None
-        if isinstance(flags, dict):
+    for flags in map(recorded_flags, args.subjects):
+        if flags is not None:
             tasks.append({**defaults, **{n: flags[n] for n in defaults if n in flags}})
     if any(task != tasks[0] for task in tasks):
         notes.append(
             "the runs were trained on different tasks; the target prompts are the first run's."
         )
     return argparse.Namespace(**tasks[0]) if tasks else None
-
-
-def _is_run(folder: Path) -> bool:
-    """A checkpoint's folder has a config.json of another kind."""
-    return (folder / CONFIG).is_file() and not any(folder.glob("*.safetensors"))
 
 
 def _prior(args: argparse.Namespace, count: int) -> list[PromptSet]:

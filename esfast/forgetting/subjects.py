@@ -96,10 +96,15 @@ class Subject(Protocol):
 
 
 class Run:
-    """A run, from its journal alone."""
+    """A run, from its journal alone.
 
-    def __init__(self, name: str, source: str, journal: Journal) -> None:
-        self.name, self.source, self.journal = name, source, journal
+    anchors: folders of models that its decay may have pulled to, if not to its base.
+    """
+
+    def __init__(
+        self, name: str, source: str, journal: Journal, anchors: Sequence[Path] = ()
+    ) -> None:
+        self.name, self.source, self.journal, self.anchors = name, source, journal, anchors
 
     def generations(self, at: Sequence[str], every: int | None) -> list[int | None]:
         """Rising, each once; ConfigError for one that the journal does not hold."""
@@ -124,7 +129,9 @@ class Run:
     ) -> Iterator[Moment]:
         """Replays, comparing every recorded checksum on the way."""
         loaded = load_model(base.name, dtype=usual_dtype(self.journal.header), device=device)
-        es = strategy_of(self.journal, loaded.model, base.folder, threads=threads)
+        es = strategy_of(
+            self.journal, loaded.model, base.folder, threads=threads, elsewhere=self.anchors
+        )
         live = tensors_of(loaded.model)
         before = _as_started(base.tensors, live)
         for generation in at:
@@ -194,9 +201,9 @@ class Checkpoint:
         }
 
 
-def open_subject(source: str, name: str) -> Subject:
+def open_subject(source: str, name: str, anchors: Sequence[Path] = ()) -> Subject:
     """A run's folder, its journal or an exported one, or a model's folder; DataError for another
-    thing. Of a run without a journal (GRPO's) it is the model that it left."""
+    thing. Of a run without a journal (GRPO's) it is the model that it left. anchors: of `Run`."""
     path = Path(source).expanduser()
     if path.is_dir() and not journal_path(path).exists():
         for folder in (path, path / LEFT):
@@ -208,7 +215,7 @@ def open_subject(source: str, name: str) -> Subject:
             f"'{source}' {seen}; give a run's folder (with its journal.esj), an exported journal, "
             "or a model's folder with config.json and *.safetensors."
         )
-    return Run(name, source, read_journal(path))
+    return Run(name, source, read_journal(path), anchors)
 
 
 def names_of(sources: Sequence[str]) -> list[str]:
