@@ -53,16 +53,26 @@ def _curves(
     ends: Sequence[int],
     kind: str,
 ) -> None:
-    shown = [task for task in tasks if task["peak"] > 0]
+    shown = [task for task in tasks if (task["peak"] or 0.0) > 0]
+    named = [task["task"] for task in tasks]
     for number, task in enumerate(shown):
         colour, own = COLOURS[number % len(COLOURS)], task["own_stage"]
         at = [point["at"] for point in task["curve"]]
         low, high = zip(*(point["of_peak_95"] for point in task["curve"]), strict=True)
         axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
-        name = f"{task['task']}: {task['peak']:.2f} " + ("at its peak" if own else "before")
+        again = f" (stage {own})" if named.count(task["task"]) > 1 else ""
+        peak = f"{task['peak']:.2f} " + ("at its peak" if own else "before")
         line = "-" if own else "--"
         values = [point["of_peak"] for point in task["curve"]]
-        axes.plot(at, values, line, color=colour, label=name, marker="o", markersize=3)
+        axes.plot(
+            at,
+            values,
+            line,
+            color=colour,
+            label=f"{task['task']}{again}: {peak}",
+            marker="o",
+            markersize=3,
+        )
     for number, (end, name) in enumerate(zip(ends, names, strict=True)):
         begins = ends[number - 1] if number else 0
         axes.axvline(end, color="#999999", linewidth=0.7)

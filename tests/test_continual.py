@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
-from esfast import StateError, cli
+from esfast import StateError, cli, continual_plots
 from esfast.continual import chain_of, handed_on, plan, results
 from esfast.continual_command import TaskSequence, result_lines, stage_args
 from esfast.continual_plots import draw_continual
@@ -29,6 +29,9 @@ def evaluated(stage, task: str, levels: dict[int, float], prompts: int = 4) -> N
             right = [1.0] * round(level * prompts) + [0.0] * (prompts - round(level * prompts))
             one = PriorScore(generation, task, task, "score", prompts, Estimate.of(right))
             file.write(json.dumps(one.record()) + "\n")
+
+
+SINCE = ("backward_transfer", "forgetting", "kept_of_peak", "worst_since", "worst_since_at")
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -52,13 +55,61 @@ def test_transfer_and_forgetting(two):
     assert found["sampled"] is None
     a, b, c = found["greedy"]["tasks"]
     assert (a["own_stage"], a["peak"], a["peak_at"]) == (1, 1.0, 2)
-    assert a["learned"]["value"] == 0.5 and a["forward_transfer"]["value"] == 0.0
+    assert a["learned"]["value"] == 0.5 and a["forward_transfer"] is None  # nothing came before
     assert a["backward_transfer"]["value"] == -0.25 and a["forgetting"] == 0.5
     assert a["kept_of_peak"] == 0.5 and (a["worst_since"], a["worst_since_at"]) == (0.25, 5)
     assert (b["own_stage"], b["peak"]) == (2, 0.75)
     assert b["forward_transfer"]["value"] == -0.25 and b["learned"]["value"] == 0.25
-    assert b["backward_transfer"]["value"] == 0.0 and b["forgetting"] == 0.0
+    assert [b[name] for name in SINCE] == [None] * len(SINCE)  # nothing came after
     assert c["own_stage"] is None and "learned" not in c
+
+
+def test_a_peak_is_of_the_training_and_not_of_what_came_before_it(tmp_path):
+    """B stood at 1 when its stage began, and its training took that down."""
+    stages = plan(tmp_path, ["A", "B", "A"], [2, 2, 2])
+    evaluated(stages[0], "B", {0: 0.25, 2: 1.0})
+    evaluated(stages[1], "B", {0: 1.0, 1: 0.75, 2: 0.5})
+    evaluated(stages[2], "B", {0: 0.5, 2: 0.25})
+    (b,) = results(stages)["greedy"]["tasks"]
+    assert (b["peak"], b["peak_at"], b["forgetting"]) == (0.75, 3, 0.5)
+
+
+def test_a_task_that_is_trained_again_has_a_result_a_training(tmp_path):
+    stages = plan(tmp_path, ["A", "B", "A"], [2, 2, 2])
+    evaluated(stages[0], "A", {0: 0.0, 2: 1.0})
+    evaluated(stages[1], "A", {0: 1.0, 1: 0.25, 2: 0.5})
+    first, second = results(stages)["greedy"]["tasks"]
+    assert second["own_stage"] == 3 and second["peak"] is None and second["learned"] is None
+    evaluated(stages[2], "A", {0: 0.5, 1: 0.75, 2: 0.75})
+    found = results(stages)
+    first, second = found["greedy"]["tasks"]
+    assert (first["own_stage"], first["peak"], first["learned"]["value"]) == (1, 1.0, 1.0)
+    assert first["backward_transfer"]["value"] == -0.5 and first["forgetting"] == 0.5
+    assert (first["kept_of_peak"], first["worst_since"], first["worst_since_at"]) == (0.5, 0.25, 3)
+    assert [point["at"] for point in first["curve"]] == [0, 2, 3, 4]
+    assert (second["own_stage"], second["peak"]) == (3, 0.75)
+    assert second["learned"]["value"] == 0.25 and second["forward_transfer"] is None
+    assert [second[name] for name in SINCE] == [None] * len(SINCE)
+    assert [point["at"] for point in second["curve"]] == [4, 5, 6]
+    lines = result_lines({"results": found})
+    assert any("A (stage 1)" in line and "kept 0.50 of its peak" in line for line in lines)
+    assert not any("A (stage 3)" in line and "of its peak" in line for line in lines)
+
+
+def test_trainings_of_one_task_are_told_apart_and_a_stage_to_come_is_not_drawn(two):
+    figure = pytest.importorskip("matplotlib.figure")
+    third = plan(two[0].folder.parent, ["A", "B", "A"], [4, 2, 2])
+    evaluated(third[2], "A", {0: 0.5, 2: 1.0})
+    to_come = plan(two[0].folder / "none", ["A", "B"], [4, 2])[1:]
+    for names, stages in (("ABA", third), ("AB", [two[0], *to_come])):
+        axes = figure.Figure().subplots()
+        tasks = results(stages)["greedy"]["tasks"]
+        continual_plots._curves(axes, tasks, names, [4, 6, 8][: len(names)], "greedy")
+        shown = axes.get_legend_handles_labels()[1]
+        of_a = ["A (stage 1): 1.00", "A (stage 3): 1.00"] if names == "ABA" else ["A: 1.00"]
+        of_b = ["B: 0.75"] if names == "ABA" else []
+        trained = [label.partition(" at its peak")[0] for label in shown if "peak" in label]
+        assert trained == of_a + of_b
 
 
 def test_curves_are_shares_of_their_own_stages_peak(two):
