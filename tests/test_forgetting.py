@@ -291,6 +291,36 @@ def test_a_journal_alone_has_drift_and_says_why_no_kl(here, tmp_path, capsys):
     assert law[0] == 0 and measured["norm"] == pytest.approx(law[GENERATIONS], rel=0.05)
 
 
+def copied(run: Path, folder: Path, **flags: object) -> Path:
+    """A run's journal with another config.json."""
+    folder.mkdir()
+    (folder / "journal.esj").write_bytes((run / "journal.esj").read_bytes())
+    config = {"arguments": {"task": "arithmetic", "task_option": [], **flags}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_scored_answer_is_as_long_as_the_runs_own(here, tmp_path):
+    """The target's; another task's, and a target that is named, as long as the task says."""
+    short = copied(here / "es", tmp_path / "short", max_new_tokens=3)
+    usual = copied(here / "es", tmp_path / "usual")
+    rest = ["--base", here / "base", "--no-kl", "--score", "2", "--no-plots"]
+    for number, (subjects, flags, lengths) in enumerate(
+        [
+            ((short, usual), ("--kl-prompts", "questions:plurals"), (3, 16)),
+            ((short,), ("--score-tokens", "2"), (2,)),
+            ((short,), ("--task", "arithmetic"), (13,)),
+        ]
+    ):
+        output = tmp_path / f"out-{number}"
+        assert command(*subjects, *rest, *flags, "--output", output) == 0
+        data = found(output)
+        for scores in (data["base_scores"], data["subjects"][0]["scores"]):
+            assert tuple(score["max_new_tokens"] for score in scores) == lengths
+        told = "answers of different lengths" in " ".join(data["notes"])
+        assert told == (len(subjects) == 2)
+
+
 def test_heat_maps_keep_their_scales(whole, tmp_path, monkeypatch):
     """Colour bars have numbers; changes far apart get a scale each, near ones share it."""
     from matplotlib.figure import Figure

@@ -72,7 +72,12 @@ def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kl-seed", type=natural, default=0)
     group.add_argument("--kl-dtype", choices=DTYPES, default="float32", help="of both models")
     group.add_argument("--score", type=natural, default=64, help="prompts a task; 0: no scores")
-    group.add_argument("--score-tokens", type=positive, default=None, help="the task's own")
+    group.add_argument(
+        "--score-tokens",
+        type=positive,
+        default=None,
+        help="the first run's --max-new-tokens on its own task, else the task's own",
+    )
     group.add_argument("--equal-norm", choices=LENGTHS, default=None, help="controls: one length")
     group.add_argument("--random-directions", type=natural, default=1, help="of the controls")
     group.add_argument("--batch-size", type=positive, default=32, help="rows decoded together")

@@ -1,8 +1,9 @@
 """Which prompts `esfast forgetting` asks: the held-out ones of the target task and of prior tasks.
 
 The target is what --task, --data or --reward name, else what the first run was trained on, as its
-config.json says. Prior tasks are named as `esfast train --prior-tasks` takes them; a task of
-lm-evaluation-harness has no prompts that a sampled answer belongs to, and is refused.
+config.json says, with answers as long as that run's (--max-new-tokens). Prior tasks are named as
+`esfast train --prior-tasks` takes them; a task of lm-evaluation-harness has no prompts that a
+sampled answer belongs to, and is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from esfast.errors import ConfigError
 from esfast.forgetting.answers import PromptSet
 from esfast.prior.evaluation import OwnTask, PriorSettings, make_prior_task
 from esfast.train_flags import add_task_flags, task_of
+
+TOKENS = "max_new_tokens"
 
 
 def prompt_sets(args: argparse.Namespace, notes: list[str]) -> list[PromptSet]:
@@ -40,21 +43,23 @@ def _target(args: argparse.Namespace, count: int, notes: list[str]) -> list[Prom
             return []
         chosen = recorded
     task = task_of(chosen)
-    return [PromptSet(task.name, "target", task, task.held_out(count), args.score_tokens)]
+    tokens = args.score_tokens or getattr(chosen, TOKENS, None)
+    return [PromptSet(task.name, "target", task, task.held_out(count), tokens)]
 
 
 def _recorded(args: argparse.Namespace, notes: list[str]) -> argparse.Namespace | None:
-    """The task flags of the first run that says them."""
+    """The task flags of the first run that says them, and the length of its answers."""
     parser = argparse.ArgumentParser()
     add_task_flags(parser.add_argument_group("task"))
-    defaults = vars(parser.parse_args([]))
+    defaults = {**vars(parser.parse_args([])), TOKENS: None}
     tasks = []
     for flags in map(recorded_flags, args.subjects):
         if flags is not None:
             tasks.append({**defaults, **{n: flags[n] for n in defaults if n in flags}})
     if any(task != tasks[0] for task in tasks):
         notes.append(
-            "the runs were trained on different tasks; the target prompts are the first run's."
+            "the runs were trained on different tasks, or with answers of different lengths; the "
+            "target prompts and the length of a scored answer are the first run's."
         )
     return argparse.Namespace(**tasks[0]) if tasks else None
 

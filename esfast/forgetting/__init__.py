@@ -64,7 +64,8 @@ ESTIMATE: {"value": nats, "low": nats, "high": nats}       # 95 % interval over 
 SCORE, greedy answers to held-out prompts:
     {"generation": int or null, "prompts": name of the set, "kind": "target" or "prior",
      "count": prompts, "score": mean, "score_95": [low, high], "solved": share or null,
-     "solved_95": [low, high] or null, "failed_rewards": int}
+     "solved_95": [low, high] or null, "failed_rewards": int,
+     "max_new_tokens": int}                    # of an answer at most
 
 EQUAL_NORM, changes brought to one length:
     {"norm": L2 of every change, "reference": name of the subject that it is of,

@@ -53,6 +53,11 @@ class PromptSet:
         """In order."""
         return [example.prompt for example in self.examples]
 
+    @property
+    def tokens(self) -> int:
+        """Of a scored answer at most."""
+        return self.max_new_tokens or self.task.max_new_tokens
+
     def first(self, count: int) -> PromptSet:
         """At most `count` of them."""
         return replace(self, examples=self.examples[:count])
@@ -153,8 +158,7 @@ def _engine(base: Base, dtype: torch.dtype, device: str, batch_size: int) -> Tra
 
 
 def _answered(engine: TransformersEngine, prompts: PromptSet) -> HeldOut:
-    limit = prompts.max_new_tokens or prompts.task.max_new_tokens
-    answers = engine.generate(prompts.prompts, Sampling(limit))
+    answers = engine.generate(prompts.prompts, Sampling(prompts.tokens))
     texts = [answer.text for answer in answers]
     scores = prompts.task.score_all(prompts.examples, texts)
     return HeldOut(0, tuple(scores), tuple(texts))
@@ -163,4 +167,5 @@ def _answered(engine: TransformersEngine, prompts: PromptSet) -> HeldOut:
 def _score_record(prompts: PromptSet, held_out: HeldOut, generation: int | None) -> dict[str, Any]:
     named = {"prompts": prompts.name, "kind": prompts.kind}
     record = held_out.record()
-    return {**named, "count": record.pop("prompts"), **record, "generation": generation}
+    limit = {"max_new_tokens": prompts.tokens}
+    return {**named, "count": record.pop("prompts"), **record, **limit, "generation": generation}
