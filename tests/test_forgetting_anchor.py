@@ -71,6 +71,19 @@ def test_the_anchor_is_the_one_that_the_run_recorded(there, tmp_path):
     assert far > 1.1 * near > 0
 
 
+def test_the_law_of_the_norm_is_of_decay_to_the_start(there, tmp_path, capsys):
+    """It knows of no pull to elsewhere; an anchor named that is the base itself changes nothing."""
+    assert diagnosed(tmp_path / "out", "far", "near", "free") == 0
+    found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    far, near, free = (subject["noise_norms"] for subject in found["subjects"])
+    assert far is None and len(near) == len(free) == 3
+    assert [note[:40] for note in found["notes"]] == ["far: the law of the norm is left out, wh"]
+    assert "far: the law of the norm is left out" in capsys.readouterr().out
+    assert diagnosed(tmp_path / "same", "near", "--anchor-model", "base") == 0
+    found = json.loads((tmp_path / "same" / "forgetting.json").read_text())
+    assert found["subjects"][0]["noise_norms"] == near and found["notes"] == []
+
+
 def test_a_journal_alone_needs_the_flag_and_says_so(there, tmp_path, capsys):
     alone = tmp_path / "alone.esj"
     alone.write_bytes(Path("far/journal.esj").read_bytes())

@@ -119,6 +119,7 @@ class Diagnosis:
     def subject(self, subject: Subject) -> dict[str, Any]:
         """SUBJECT of forgetting.json."""
         record = {**subject.record(), "drift": [], "kl": [], "scores": []}
+        self.notes += subject.notes()
         every = subject.generations(_words(self.args.at), self.args.every)
         answered = subject.generations(_words(self.args.kl_at), None) if self.pair else []
         at = sorted({*every, *answered}, key=lambda generation: generation or 0)

@@ -29,7 +29,9 @@ SUBJECT, a run or a checkpoint:
      "chain": hex or null,                     # the journal's check value at its end
      "settings": {...} or null,                # sigma, alpha, population_size, decay, ... of a run
      "noise_norms": [float, ...] or null,      # generation 0, 1, ...: the norm that coefficients
-                                               # give by laws.py; null: checkpoints
+                                               # give by laws.py; null: checkpoints, runs with
+                                               # l1 and l2 decay in turn, or with an anchor that
+                                               # is not their base (a note says so)
      "dtype": str,                             # of the weights, and of the units in the last place
      "drift": [DRIFT, ...],                    # a measured generation each, rising
      "kl": [KL, ...], "scores": [SCORE, ...]}

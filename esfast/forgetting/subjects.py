@@ -94,6 +94,10 @@ class Subject(Protocol):
         """Plain JSON values: SUBJECT of the package's head, without its measurements."""
         ...
 
+    def notes(self) -> list[str]:
+        """What has to be known to read `record`, in plain words."""
+        ...
+
 
 class Run:
     """A run, from its journal alone.
@@ -155,8 +159,26 @@ class Run:
             "dtype": str(usual_dtype(header)).removeprefix("torch."),
         }
 
+    def notes(self) -> list[str]:
+        """Why there is no law, where its decay pulls to another model."""
+        if not self._pulled_away:
+            return []
+        return [
+            f"{self.name}: the law of the norm is left out, which is of decay to the model that a "
+            "run started from, and this run's pulls to another."
+        ]
+
+    @property
+    def _pulled_away(self) -> bool:
+        """Whether decay pulls to another model. The base's own file can have another checksum than
+        the weights loaded from it: an anchor is elsewhere only where one was named."""
+        header = self.journal.header
+        return bool(self.anchors) and header.anchor_checksum not in (None, header.base_checksum)
+
     def _noise_norms(self) -> list[float] | None:
         """What the coefficients alone make of independent noise; None where no law is known."""
+        if self._pulled_away:
+            return None
         elements = sum(prod(tensor.shape) for tensor in self.journal.header.tensors)
         try:
             norms = norms_of_coefficients(self.journal.generations, elements)
@@ -185,6 +207,10 @@ class Checkpoint:
     ) -> Iterator[Moment]:
         """The files' weights as they are."""
         yield Moment(None, None, base.tensors, self.tensors)
+
+    def notes(self) -> list[str]:
+        """None."""
+        return []
 
     def record(self) -> dict[str, Any]:
         """Without what only a journal tells."""
