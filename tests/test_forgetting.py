@@ -321,6 +321,33 @@ def test_a_scored_answer_is_as_long_as_the_runs_own(here, tmp_path):
         assert told == (len(subjects) == 2)
 
 
+def test_answers_that_could_not_be_scored_are_counted_beside_the_score(
+    here, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Say {n}.", "fails": n % 3 == 0} for n in range(40)]
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Path("graders.py").write_text(
+        "def odd(example, text):\n    assert not example['fails']\n    return 1.0\n"
+    )
+    flags = ["--no-kl", "--score", "6", "--no-plots", "--equal-norm", "whole"]
+    task = ["--data", "rows.jsonl", "--reward", "graders:odd"]
+    assert command(here / "es", "--base", here / "base", *flags, *task, "--output", "out") == 0
+    data = found(Path("out"))
+    (score,) = data["subjects"][0]["scores"]
+    failed = score["failed_rewards"]
+    assert 0 < failed < 6 and score["score"] == pytest.approx(1 - failed / 6)
+    names = (
+        "es at generation 4",
+        "es, one length at generation 4",
+        "random direction 0, one length",
+    )
+    assert [note.partition(": ")[0] for note in data["notes"]] == [*names, "base"]
+    assert all(f"{failed} of 6 answers to custom" in note for note in data["notes"])
+    shown = capsys.readouterr().out
+    assert shown.count(f"], {failed} not scored") == 4 and data["notes"][0] in shown
+
+
 def test_heat_maps_keep_their_scales(whole, tmp_path, monkeypatch):
     """Colour bars have numbers; changes far apart get a scale each, near ones share it."""
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from rich.console import Console
 from esfast.diagnosis.files import write_files
 from esfast.diagnosis.prompts import prompt_sets
 from esfast.diagnosis.recorded import recorded_anchor
+from esfast.diagnosis.records import unscored
 from esfast.diagnosis.steps import Steps
 from esfast.diagnosis.table import print_tables
 from esfast.errors import ConfigError
@@ -163,8 +164,9 @@ class Diagnosis:
                 record["kl"] += self.pair.kl(few, generation, told)
             if self.args.score:
                 self.steps.show(f"{name}: scoring {prompts.name}", 0, 1)
-                many = prompts.first(self.args.score)
-                record["scores"].append(self.pair.score(many, generation))
+                score = self.pair.score(prompts.first(self.args.score), generation)
+                record["scores"].append(score)
+                self.notes += unscored(name, score)
 
     def _control(self, name: str, moment: Moment, report: DriftReport) -> None:
         if self.reference is None:
@@ -218,7 +220,9 @@ class Diagnosis:
         """The base's own."""
         if self.pair is None or not self.args.score:
             return []
-        return [self.pair.score_base(prompts.first(self.args.score)) for prompts in self.sets]
+        scores = [self.pair.score_base(prompts.first(self.args.score)) for prompts in self.sets]
+        self.notes += [note for score in scores for note in unscored("base", score)]
+        return scores
 
 
 def run_forgetting(args: argparse.Namespace) -> int:

@@ -24,6 +24,18 @@ def scored(found: Row) -> Iterator[tuple[str, str, Row]]:
     yield from models(found)
 
 
+def unscored(name: str, score: Row) -> list[str]:
+    """A note where answers of a SCORE could not be scored."""
+    failed, at = score["failed_rewards"], score["generation"]
+    if not failed:
+        return []
+    when = "" if at is None else f" at generation {at}"
+    return [
+        f"{name}{when}: {failed} of {score['count']} answers to {score['prompts']} could not be "
+        "scored, and are in its score with the failure reward."
+    ]
+
+
 def last(records: list[Row]) -> list[Row]:
     """Those of the last generation among `records`."""
     latest = max((record["generation"] or 0 for record in records), default=0)

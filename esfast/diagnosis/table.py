@@ -85,7 +85,9 @@ def _scores(found: Row) -> Table:
         for record in model["scores"]:
             at = norm if record["generation"] is None else f"{norm}, {record['generation']}"
             prompts = f"{record['prompts']} ({record['kind']})"
-            parts = (_interval(record, "score"), _interval(record, "solved"))
+            failed = record["failed_rewards"]
+            mark = f", {failed} not scored" if failed else ""
+            parts = (_interval(record, "score") + mark, _interval(record, "solved"))
             table.add_row(name, at, prompts, *parts)
     return table
 
