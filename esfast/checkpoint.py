@@ -4,7 +4,8 @@ A folder is written beside its place under another name, synced, and renamed: wh
 all of it. Weights go through safetensors, to the bit; nothing is pickled. `esfast.models` loads.
 
 Not promised: that two processes may save to one folder at once. Replacing an existing model takes
-two renames; a process killed between them leaves the old model beside, as `.NAME.old-*`.
+two renames; a process killed between them leaves the old model beside, as `.NAME.old-*`, until
+the next one is saved. What a killed process had of a new one, `.NAME.new-*`, goes before that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -161,6 +163,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, which takes its place when the block ends without an error
     and is removed otherwise. What was at `target` is replaced."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
     fresh = target.with_name(f".{target.name}.new-{uuid4().hex[:12]}")
     fresh.mkdir()
     try:
@@ -169,6 +172,15 @@ def new_folder(target: Path) -> Iterator[Path]:
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """What processes that were killed while they saved to `target` left beside it. The model that
+    one was about to replace is kept where `target` is not there."""
+    kinds = ("new", "old") if target.exists() else ("new",)
+    for kind in kinds:
+        for left in target.parent.glob(f".{escape(target.name)}.{kind}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -183,8 +195,7 @@ def _swap(fresh: Path, target: Path) -> None:
             old.rename(target)
         raise
     sync(target.parent)
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
+    remove_leftovers(target)
 
 
 def _settle(folder: Path) -> None:

@@ -26,7 +26,7 @@ from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance, version
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
-from esfast.run_folder import RunFolder, folder_for, require_free
+from esfast.run_folder import RunFolder, alone, folder_for, require_free
 from esfast.tasks import Task
 from esfast.train_flags import (
     above_zero,
@@ -146,7 +146,8 @@ def _train(
     run.prior = prior
     for line in _said(args, run):
         run.progress.note(line)
-    result = run.run(checkpoint)
+    with alone(output):
+        result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
     return exit_code(result, output, config.generations, draw=args.plots)
 

@@ -16,16 +16,18 @@ is taken back, so that a full disk costs no line before it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.checkpoint import remove_leftovers
+from esfast.errors import ConfigError, DataError, EsfastError, StateError
 from esfast.journal import JOURNAL, JournalWriter
 from esfast.snapshots import SNAPSHOTS
 from esfast.whole_file import whole_file
@@ -69,6 +71,7 @@ class RunFolder:
         self._config, self._done = config, done
         if changes is None:
             _make(path)
+            _claim(path / CONFIG)
             self.begin()
         elif self.journal_path.exists():  # a run may be stopped before its first generation
             self.journal = JournalWriter.resume(self.journal_path)
@@ -80,6 +83,7 @@ class RunFolder:
             return
         self.begun = True
         (self.path / SUMMARY).unlink(missing_ok=True)
+        remove_leftovers(self.model)
         self._keep_metrics(self._done if self.journal is None else self.journal.generation)
         self.write(CONFIG, self._config)
 
@@ -153,6 +157,37 @@ def _make(path: Path) -> None:
             f"cannot make the folder {path}: {error.strerror or error}; give another one with "
             "--output."
         ) from None
+
+
+def _claim(config: Path) -> None:
+    """A new run's alone: of two that make one folder at the same moment, one is refused."""
+    try:
+        config.touch(exist_ok=False)
+    except FileExistsError:
+        raise ConfigError(
+            f"{config.parent} has just become another run's; give another folder with --output."
+        ) from None
+    except OSError as error:
+        raise _unwritable(config, error) from None
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder that has no journal, whose lock would: StateError
+    where one is in. File systems without locks on folders (NFS) are left unguarded."""
+    folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"another process writes the run '{path}'; wait for it or stop it first."
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def require_journal(path: Path) -> None:

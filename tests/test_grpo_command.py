@@ -10,7 +10,7 @@ import pytest
 from test_cli import run
 
 from esfast.grpo import CHECKPOINTS
-from esfast.run_folder import read_json, read_lines
+from esfast.run_folder import alone, read_json, read_lines
 
 pytest.importorskip("trl")
 pytest.importorskip("transformers")
@@ -40,6 +40,9 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     assert "made by `esfast grpo`" in capfd.readouterr().err
     assert run("grpo", "--resume", "run", "--learning-rate", "1") == 2
     assert "--learning-rate 1.0" in capfd.readouterr().err
+    with alone(Path("run")):
+        assert run("grpo", "--resume", "run", "--generations", "2") == 2
+        assert "another process writes the run" in capfd.readouterr().err
     assert run("grpo", "--resume", "run", "--generations", "2") == 0
     assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
     assert run("grpo", "--resume", "run") == 0

@@ -1,15 +1,52 @@
-"""Where a run's folder lies."""
+"""A run's folder against other processes, and against what killed ones left."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from esfast.run_folder import folder_for
+import pytest
+
+from esfast import ConfigError, StateError
+from esfast.checkpoint import new_folder
+from esfast.run_folder import RunFolder, alone, read_config
 
 
-def test_a_run_without_output_gets_a_folder_of_its_name_and_moment() -> None:
-    made = folder_for(None, "reasoning_gym:leg_counting")
-    assert made.parent == Path("runs")
-    assert re.fullmatch(r"reasoning_gym-leg_counting-\d{8}-\d{6}", made.name)
-    assert folder_for("there", "arithmetic") == Path("there")
+def test_of_two_runs_that_make_a_folder_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esfast.run_folder.require_free", lambda path: None)  # both saw it free
+    RunFolder(tmp_path / "run", {"seed": 1})
+    with pytest.raises(ConfigError, match=r"another run's.*--output"):
+        RunFolder(tmp_path / "run", {"seed": 2})
+    assert read_config(tmp_path / "run") == {"seed": 1}
+
+
+def test_a_run_without_a_journal_is_one_process_alone(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path),
+        pytest.raises(StateError, match="another process writes the run"),
+        alone(tmp_path),
+    ):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_folders_of_models_that_were_not_saved_whole_go(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {})
+    (run.path / ".model.new-0123").mkdir()
+    (run.path / ".model.new-0123" / "model.safetensors").write_bytes(b"half")
+    RunFolder(tmp_path / "run", {}, changes={}).begin()
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+def test_an_old_model_stays_until_a_new_one_is_there(tmp_path: Path) -> None:
+    target, old = tmp_path / "model[1]", tmp_path / ".model[1].old-0123"
+    old.mkdir()
+    with pytest.raises(RuntimeError), new_folder(target):
+        raise RuntimeError("no model")
+    assert old.exists() and not target.exists()
+    with new_folder(target) as fresh:
+        assert old.exists()
+        (fresh / "x").write_text("a model")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
