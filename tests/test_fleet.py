@@ -22,7 +22,7 @@ from esfast.engines.fleet import Fleet
 from esfast.journal import read_journal
 from esfast.launch.ray import Making, RayFleet
 from esfast.launch.ray_actor import Hosted, completion_of, completion_record
-from esfast.launch.ray_cluster import Share
+from esfast.launch.ray_cluster import Share, last_line
 from esfast.live_weights import LiveWeights
 from esfast.measure import GENERATION, PERTURB, SCORING, Clock
 from esfast.rollout import TrainConfig
@@ -184,6 +184,18 @@ def test_an_engine_that_dies_too_often_is_given_up_and_the_others_go_on(tmp_path
     fleet.seats[1].actor.dead = True
     assert train(tmp_path, fleet) == alone
     assert stage.started == 4 and fleet.seats[1].generation is None
+
+
+def test_engines_that_never_start_end_the_run_with_their_last_words(tmp_path):
+    """Before there is a journal, so that there is nothing to go on with."""
+    why = "\x1b[36mray::EngineActor()\x1b[39m (pid=1)\nTraceback\nImportError: \x1b[1mwhy\n"
+    with pytest.raises(StateError) as error:
+        fleet = fleet_on(Stage(risk=1.0), tmp_path, 1)
+        fleet._last_words = last_line(RuntimeError(why))
+        fleet.ready()
+    assert "no engine is left after 0 generations" in str(error.value)
+    assert "the last with: ImportError: why; mend that and start again." in str(error.value)
+    assert last_line(RuntimeError()) == "RuntimeError"
 
 
 def test_no_engine_left_is_an_error_and_the_journal_is_whole(tmp_path, alone):

@@ -21,7 +21,7 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.fleet import MemberAnswers
 from esfast.errors import EsfastError, StateError
 from esfast.launch.ray_actor import EngineActor, completion_of, packed
-from esfast.launch.ray_cluster import Cluster, Share
+from esfast.launch.ray_cluster import Cluster, Share, last_line
 from esfast.launch.ray_weights import RayWeights
 from esfast.measure import GENERATION, PERTURB
 
@@ -77,6 +77,7 @@ class RayFleet:
         self._cluster = cluster
         self._making = making
         self._live: dict[str, Any] | None = None
+        self._last_words = ""
         self._closed = False
         self.seats = [Seat(number) for number in range(engines)]
         try:
@@ -142,7 +143,7 @@ class RayFleet:
         seat.deaths += 1
         seat.generation = seat.joining = None
         self._cluster.ray.kill(seat.actor)
-        why = str(error).strip().splitlines()[0][:200]
+        why = self._last_words = last_line(error)
         if seat.deaths < MOST_DEATHS:
             self.note(f"engine {seat.number} died ({why}); it is started again.")
             self._start(seat)
@@ -191,10 +192,12 @@ class RayFleet:
             if there:
                 return there
             if not self._joining():
+                mend = "mend that and start again"
+                if self.journal is not None and self.journal.exists():
+                    mend = "what was recorded is whole: go on with esfast train --resume RUN"
                 raise StateError(
                     f"no engine is left after {self.done} generations: each died {MOST_DEATHS} "
-                    "times in one of them. What was recorded is whole: go on with esfast train "
-                    "--resume RUN."
+                    f"times in one of them, the last with: {self._last_words}; {mend}."
                 )
             self._next({})
 
