@@ -207,6 +207,11 @@ def task_of(args: argparse.Namespace) -> Task:
     options = dict(option(text, "--task-option") for text in args.task_option)
     if args.reward and name != "custom":
         raise ConfigError(f"--reward goes with a task of your own; leave out --task {name}.")
+    if args.data and not (args.task or args.reward):
+        raise ConfigError(
+            "--data needs to be told how its answers are scored: --reward module:function for a "
+            "function of yours, or --task questions or gsm8k."
+        )
     for flag, path in (("data", args.data), ("eval_data", args.eval_data)):
         if path is not None:
             options[flag] = path

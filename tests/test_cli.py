@@ -59,6 +59,7 @@ REFUSED = {
     "an unknown data set": (["train", "--task", "reasoning_gym:nim"], "no data set 'nim'"),
     "a missing file": (["train", "--task", "gsm8k", "--data", "no.jsonl"], "cannot read no.jsonl"),
     "a task without data": (["train", "--task", "gsm8k"], "--data"),
+    "data without a reward": (["train", "--data", "no.jsonl"], "--reward module:function"),
     "an unknown option": (["train", "--task-option", "digits=3"], "has no option digits"),
     "an option without value": (["train", "--task-option", "digits"], "name=value"),
     "a reward without data": (["train", "--reward", "json:loads"], "--data"),
