@@ -1,4 +1,6 @@
-"""Workers started by torchrun, one process each: torchrun --nproc-per-node N -m esfast train ...
+"""Workers started by torchrun, one process each:
+
+    torchrun --nproc-per-node N --no-python esfast train ...
 
 Members are dealt by a counter in torchrun's store, so that a slow worker takes fewer. Rewards are
 summed over gloo as integers (each row is one worker's bits plus zeros), so that no bit is lost; the
