@@ -219,7 +219,8 @@ REFUSED = {
     "a folder in use": (["es", "--output", "."], "is there already"),
     "an unknown prior task": (["es", "--kl-prompts", "no_such_task.yaml"], "no_such_task"),
     "one task twice": (["es", "--kl-prompts", "arithmetic"], "asked for twice"),
-    "one prompt": (["es", "--kl-count", "1"], "2 or more"),
+    "one prompt": (["es", "--kl-count", "1"], "2 or more: raise --kl-count, or leave KL out"),
+    "a task of one prompt": (["es", "--kl-prompts", "one.jsonl"], "more held-out ones (--eval"),
     "controls without answers": (["es", "--equal-norm", "whole", "--no-kl", "--score", "0"],
                                  "no prompts to answer"),
     "no base": (["es", "--base"], "--base"),
@@ -232,6 +233,7 @@ def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(
 ):
     monkeypatch.chdir(here)
     (here / "empty").mkdir(exist_ok=True)
+    (here / "one.jsonl").write_text('{"prompt": "A?", "answer": "a"}\n')
     arguments, expected = REFUSED[case]
     rest = [] if "--base" in arguments else ["--base", "base"]
     rest += [] if "--output" in arguments else ["--output", str(tmp_path / "out")]

@@ -302,10 +302,12 @@ def _require_answers(args: argparse.Namespace, sets: Sequence[PromptSet]) -> Non
             "--kl-prompts, and leave --kl or --score on."
         )
     for prompts in sets:
-        if args.kl and len(prompts.examples[: args.kl_count]) < 2:
+        there = len(prompts.examples)
+        if args.kl and min(there, args.kl_count) < 2:
+            mend = "raise --kl-count" if there > 1 else "give it more held-out ones (--eval-data)"
             raise ConfigError(
-                f"KL on {prompts.name} has {len(prompts.examples[: args.kl_count])} prompt; an "
-                "interval takes 2 or more. Raise --kl-count, or give it more prompts."
+                f"KL on {prompts.name} has {min(there, args.kl_count)} prompt; an interval takes 2 "
+                f"or more: {mend}, or leave KL out with --no-kl."
             )
 
 
