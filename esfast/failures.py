@@ -11,6 +11,7 @@ from esfast.tasks.base import Score
 TOLD = 5  # reasons; a run of thousands of completions would drown in the rest
 KEPT = 20
 OTHERS = "other reasons"
+ELSEWHERE = "told by the workers that met them, on their standard error"
 
 
 class Failures:
@@ -25,6 +26,11 @@ class Failures:
         for score in scores:
             if score.failed:
                 self._take(" ".join(score.feedback.split()) or "no reason was given", where)
+
+    def elsewhere(self, count: int) -> None:
+        """Takes up those of other workers, of which only the number comes here."""
+        if count:
+            self._reasons[ELSEWHERE] += count
 
     def _take(self, reason: str, where: str) -> None:
         if reason not in self._reasons and len(self._reasons) >= KEPT:

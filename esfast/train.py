@@ -192,12 +192,11 @@ class Trainer(TrainingRun):
     def _generation(self, es: EvolutionStrategy) -> GenerationReport:
         """One generation; its line of metrics.jsonl is kept before the journal has it."""
         started = sum(self.clock.seconds.values())
-        generating = self.clock.seconds[GENERATION]
         generation = es.generation
         earned = self.rollout.population(es, lambda n: self.progress.member(generation, n))
         self._failed_rewards += earned.failed
-        read = self.rollout.read_tokens * self.config.strategy.population_size
-        self.account.read(self.account.training, read, earned.tokens)
+        self.account.read(self.account.training, earned.read, earned.tokens)
+        workers = self.rollout.workers.size
         members = earned.rewards.mean(axis=1) if earned.rewards.ndim == 2 else earned.rewards
         report = GenerationReport(
             generation=generation + 1,
@@ -205,8 +204,7 @@ class Trainer(TrainingRun):
             reward_spread=float(members.std()),
             reward_best=float(members.max()),
             failed_rewards=earned.failed,
-            tokens_per_second=earned.tokens
-            / max(self.clock.seconds[GENERATION] - generating, 1e-9),
+            tokens_per_second=earned.tokens * workers / max(earned.seconds, 1e-9),
             seconds=sum(self.clock.seconds.values()) - started,
             outside_share=self.clock.outside_share(),
             saturated=0,
@@ -238,9 +236,9 @@ class Trainer(TrainingRun):
     def _evaluate(self, generation: int) -> HeldOut:
         self.progress.doing("held-out prompts")
         started = dict(self.clock.seconds)
-        scores, texts, tokens = self.rollout.answers(list(self._held_out), self._greedy)
+        scores, texts, spent = self.rollout.answers(list(self._held_out), self._greedy)
         self.clock.move((GENERATION, SCORING), EVALUATION, started)
-        self.account.read(self.account.evaluation, self.rollout.read_tokens, tokens)
+        self.account.read(self.account.evaluation, spent.read, spent.tokens)
         return HeldOut(generation, tuple(scores), tuple(texts))
 
     def _restore(self) -> None:

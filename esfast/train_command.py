@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.disk_room import require_disk_for_train
+from esfast.failures import Failures
 from esfast.journal import JOURNAL, parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
@@ -120,6 +122,9 @@ def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: 
     opened = open_engine(args)
     rollout = Rollout(opened.engine, task, config, Clock())
     rollout.workers = workers
+    rollout.failures = Failures(
+        lambda text: print(f"worker {workers.rank}: {text}", file=sys.stderr)
+    )
     es = strategy_over(opened.engine, config, opened.anchor)
     journal = parse(workers.share(None), "the journal of worker 0")
     snapshots = Path(args.resume) / SNAPSHOTS if args.resume is not None else None

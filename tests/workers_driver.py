@@ -4,7 +4,8 @@
 
 Every scenario is "WORKERS:SIZE[:act]", run in order in folders of their own: a whole training over
 TorchWorkers, on an engine of SIZE numbers. Acts: "kill" ends the last worker in generation 2;
-"resume" goes on in the folder of the scenario before; "slow" makes worker 1 take 20 ms a member;
+"resume" goes on in the folder of the scenario before; "slow" makes worker 1 take 100 ms a member;
+"busy" makes worker 0 take so long over the held-out prompts that others have the next generation;
 "apart" changes a weight of the last worker behind the run. Prints JSON: a list of scenarios.
 """
 
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import number_engine
@@ -33,7 +35,7 @@ from esfast.rollout import Rollout, TrainConfig, follow, strategy_over
 from esfast.run_folder import RunFolder
 from esfast.train import Trainer
 
-GENERATIONS, POPULATION = 5, 8
+GENERATIONS, POPULATION, PROMPTS = 5, 8, 8
 
 
 class Numbers(NumberEngine):
@@ -48,7 +50,9 @@ class Numbers(NumberEngine):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.act == "slow" and self.rank == 1:
             time.sleep(0.1)
-        return super().generate(prompts, sampling)
+        if self.act == "busy" and self.rank == 0 and len(prompts) != PROMPTS:
+            time.sleep(0.5)
+        return [replace(c, prompt_tokens=3) for c in super().generate(prompts, sampling)]
 
 
 class Targets(number_engine.Targets):
@@ -64,7 +68,14 @@ def lead(engine: Numbers, config: TrainConfig, folder: Path, resume: bool, worke
     trainer.progress.console = Console(file=io.StringIO())
     trainer.rollout.workers = workers
     result = trainer.run()
-    return {"checksum": trainer.es.weights.checksum(), "failed": result.failed_rewards}
+    rates = [row["tokens_per_second"] for row in run_folder.lines()]
+    return {
+        "checksum": trainer.es.weights.checksum(),
+        "failed": result.failed_rewards,
+        "reasons": sum(reason["count"] for reason in result.failures),
+        "cost": trainer.account.counts(),
+        "fastest": max(rates),
+    }
 
 
 def other(engine: Numbers, config: TrainConfig, act: str, workers) -> dict:
@@ -88,7 +99,7 @@ def bits(rank: int, count: int, workers) -> str:
 def work(rank: int, count: int, size: int, act: str, folder: Path) -> dict:
     engine = Numbers(size, act, rank, rank == count - 1 > 0)
     strategy = StrategyConfig(sigma=0.05, alpha=0.1, population_size=POPULATION, antithetic=True)
-    config = TrainConfig(strategy, Sampling(4), GENERATIONS, prompts=8, eval_every=2, threads=1,
+    config = TrainConfig(strategy, Sampling(4), GENERATIONS, PROMPTS, eval_every=2, threads=1,
                          checksum_every=2)  # fmt: skip
     told: dict = {}
     workers = join_workers()
