@@ -27,7 +27,7 @@ from esfast.forgetting.laws import (
     rounding_variance,
     stochastic_rounding_norm,
 )
-from esfast.html_report import change as change_of_weights
+from esfast.html_report import law as law_section
 from esfast.journal import read_journal
 from esfast.replay import keep_journal
 
@@ -168,9 +168,9 @@ def test_a_journal_of_l1_decay_tells_its_norm(tmp_path: Path) -> None:
 
 def test_the_report_shows_the_decays_own_plateau() -> None:
     expected = l1_plateau_norm(ALPHA, 0.02, MEMBERS, WIDE), l1_time_constant(0.02, MEMBERS)
-    assert change_of_weights._rest("l1", ALPHA, 0.02, MEMBERS, WIDE) == expected
-    assert change_of_weights._rest("l2", ALPHA, 0.02, MEMBERS, WIDE) != expected
-    assert change_of_weights._rest(None, ALPHA, 0.0, MEMBERS, WIDE) == (None, None)
+    assert law_section._rest("l1", ALPHA, 0.02, MEMBERS, WIDE) == expected
+    assert law_section._rest("l2", ALPHA, 0.02, MEMBERS, WIDE) != expected
+    assert law_section._rest(None, ALPHA, 0.0, MEMBERS, WIDE) == (None, None)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf])

@@ -6,7 +6,8 @@
     report_data.py   runs in groups that differ in their seed alone, their curves
     page.py style.py HTML, everything from outside escaped; the look
     drawing.py pictures.py                    figures, light and dark
-    training.py sequence.py change.py divergence.py account.py    the sections
+    glance.py account.py training.py prior_tasks.py sequence.py law.py change.py divergence.py
+                     the sections
 
 The file loads nothing: figures are inlined as data URIs, there is no script, and its
 content-security policy forbids both. What a run does not have is left out, with a line that names
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esfast.html_report import account, change, divergence, training
+from esfast.html_report import account, change, divergence, glance, law, prior_tasks, training
 from esfast.html_report.page import Section, page
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import ReportData
@@ -65,12 +66,12 @@ def _sections(report: ReportData, chains: Sequence[TaskChain], pictures: Picture
     drift = change.drift(report, pictures)
     drift.parts += change.notes(report)
     return [
-        training.glance(report),
+        glance.glance(report),
         account.what_was_run(report),
         training.target(report, pictures),
-        training.prior(report, pictures),
+        prior_tasks.prior(report, pictures),
         sequences(chains, pictures),
-        change.law(report, pictures),
+        law.law(report, pictures),
         drift,
         change.sparsity(report, pictures),
         divergence.kl(report, pictures),

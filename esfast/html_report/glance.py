@@ -1,0 +1,135 @@
+"""The comparison at a glance: a row a run, and means over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esfast.html_report.page import (
+    DASH,
+    Html,
+    Section,
+    joined,
+    number,
+    over,
+    score,
+    seconds,
+    table,
+)
+from esfast.html_report.report_data import ReportData, student, swatch
+from esfast.html_report.run_data import RunData
+from esfast.prior.scores import outcome
+
+
+def glance(report: ReportData) -> Section:
+    """The comparison: a row a run, and one a group of seeds."""
+    section = Section("glance", "At a glance")
+    head = (
+        "run", "method", "generations", "target before", "target final",
+        "rise", "largest fall of a prior task", "norm of the change",
+        "wall time",
+    )  # fmt: skip
+    section.parts.append(
+        table(
+            head,
+            [_glance_row(report, run) for run in report.runs],
+            "Scores with 95 % intervals over the held-out prompts; rises also in standard errors "
+            "(s.e.) of the paired difference; falls of prior tasks paired "
+            "over their prompts, final against before.",
+        )
+    )
+    if report.seeds:
+        section.parts.append(_seeds_table(report))
+    return section
+
+
+def _glance_row(report: ReportData, run: RunData) -> Sequence[object]:
+    summary = run.summary or {}
+    first, last = (run.held_out[0], run.held_out[-1]) if run.held_out else (None, None)
+    rise = summary.get("rise")
+    errors = summary.get("rise_in_standard_errors")
+    spent = summary.get("seconds")
+    return (
+        report.named(run),
+        run.method,
+        summary.get("generations", len(run.rows)),
+        _held_out(first),
+        _held_out(last),
+        DASH if rise is None else over(f"{rise:+.3f}", f"{_finite(errors)} s.e."),
+        _largest_fall(run),
+        number(_norm(run)),
+        seconds(sum(spent.values()) if spent else None),
+    )
+
+
+def _finite(value: float | None) -> str:
+    return DASH if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
+def _held_out(record: Mapping[str, Any] | None) -> str | Html:
+    return DASH if record is None else score(record["score"], record["score_95"])
+
+
+def _norm(run: RunData) -> float | None:
+    last = run.subject.last if run.subject else None
+    return None if last is None else float(last["whole"]["norm"])
+
+
+def _falls(run: RunData) -> list[tuple[float, Sequence[float] | None, str]]:
+    """(change of a greedy score, its interval, task), worst first; a rise where lower is better
+    counts as a fall."""
+    found = []
+    for task in run.prior_tasks:
+        part = outcome(run.prior_of(task))
+        sign = 1.0 if part["higher_is_better"] else -1.0
+        change = part["greedy"]["change"]
+        found.append((sign * change, (change, part["greedy"]["change_95"], task)))
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+
+def _largest_fall(run: RunData) -> Html | str:
+    falls = _falls(run)
+    if not falls:
+        return DASH
+    change, interval, task = falls[0]
+    return joined([score(change, interval, sign=True), Html('<span class="below">'), task,
+                   Html("</span>")])  # fmt: skip
+
+
+def _seeds_table(report: ReportData) -> Html:
+    rows = []
+    for group in report.groups:
+        finals = [run.held_out[-1]["score"] for run in group.runs if run.held_out]
+        rises = [
+            run.held_out[-1]["score"] - run.held_out[0]["score"]
+            for run in group.runs
+            if run.held_out
+        ]
+        norms = [norm for run in group.runs if (norm := _norm(run)) is not None]
+        falls = [found[0][0] for run in group.runs if (found := _falls(run))]
+        rows.append(
+            (
+                swatch(group.number, group.label),
+                len(group.runs),
+                over_seeds(finals),
+                over_seeds(rises, sign=True),
+                over_seeds(falls, sign=True),
+                over_seeds(norms, digits=3),
+            )
+        )
+    head = ("runs that differ in their seed", "seeds", "target final", "rise",
+            "largest fall of a prior task", "norm of the change")  # fmt: skip
+    return table(head, rows, "Means over seeds with Student's 95 % intervals; with three seeds "
+                 "the interval is 4.3 standard errors wide to each side.")  # fmt: skip
+
+
+def over_seeds(values: Sequence[float], sign: bool = False, digits: int = 0) -> str | Html:
+    """Mean and Student's interval."""
+    if not values:
+        return DASH
+    mean, low, high = student(values)
+    if digits:
+        shown = number(mean, digits)
+        return shown if len(values) < 2 else over(shown, f"[{number(low)}, {number(high)}]")
+    return score(mean, (low, high) if len(values) > 1 else None, sign)

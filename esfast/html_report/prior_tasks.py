@@ -1,0 +1,154 @@
+"""The section on prior tasks: a panel and a table a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from esfast.html_report.drawing import (
+    Theme,
+    curve,
+    grid_of,
+    legend_below,
+    plain,
+    whole_generations,
+)
+from esfast.html_report.glance import over_seeds
+from esfast.html_report.page import (
+    Html,
+    Missing,
+    Section,
+    code,
+    joined,
+    over,
+    paragraph,
+    score,
+    table,
+)
+from esfast.html_report.pictures import Pictures
+from esfast.html_report.report_data import Group, Points, ReportData, swatch
+from esfast.html_report.run_data import RunData
+from esfast.prior.scores import KINDS, PriorScore, outcome
+
+
+def prior(report: ReportData, pictures: Pictures) -> Section:
+    """A panel and a table a prior task; never an average over tasks."""
+    section = Section("prior", "Prior tasks: what was forgotten, and what came back")
+    tasks = list(dict.fromkeys(task for run in report.runs for task in run.prior_tasks))
+    if tasks:
+        section.parts.append(_prior_picture(report, pictures, tasks))
+        section.parts += [_prior_table(report, task) for task in tasks]
+        section.parts.append(
+            paragraph(
+                "Dip: worst minus before. Change: final minus before. Recovery: final minus "
+                "worst. Intervals are 95 %, paired over prompts. The worst of many noisy "
+                "evaluations lies lower than the truth, and its recovery higher."
+            )
+        )
+    section.missing += [
+        Missing(
+            run.name,
+            "scores of prior tasks",
+            f"esfast {_trainer(run)} --prior-tasks gsm8k,hellaswag --prior-every 5 ... (a new run)",
+        )
+        for run in report.runs
+        if not run.prior
+    ]
+    return section
+
+
+def _trainer(run: RunData) -> str:
+    return "grpo" if run.method == "GRPO" else "train"
+
+
+def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> Html:
+    def draw(figure: Any, theme: Theme) -> None:
+        panels = grid_of(figure, len(tasks), 3)
+        for axes, task in zip(panels, tasks, strict=True):
+            for kind in KINDS:
+                for series in report.series(partial(_prior_points, task=task, kind=kind)):
+                    dashed = kind == "sampled"
+                    label = "" if dashed else series.label  # one legend line for both
+                    curve(axes, replace(series, label=label, dashed=dashed), theme)
+            axes.set(title=plain(task.rsplit("/", 1)[-1]), xlabel="generation", ylabel="score")
+            whole_generations(axes)
+        legend_below(figure)
+
+    rows = -(-len(tasks) // 3)
+    return pictures.add(
+        "prior_tasks", draw, 0.5 + 2.5 * rows,
+        "Score of each prior task under the tuned weights: solid lines greedy answers, dashed ones "
+        "the mean of several samples a prompt. "
+        + ("Lines are means over seeds, bands their range." if report.seeds
+           else "Bands: 95 % intervals over the prompts."),
+    )  # fmt: skip
+
+
+def _prior_points(run: RunData, task: str, kind: str) -> Points | None:
+    found = [(s.generation, estimate) for s in run.prior_of(task)
+             if (estimate := getattr(s, kind)) is not None]  # fmt: skip
+    return Points(
+        [generation for generation, _ in found],
+        [estimate.score for _, estimate in found],
+        [estimate.low for _, estimate in found],
+        [estimate.high for _, estimate in found],
+    )
+
+
+def _prior_table(report: ReportData, task: str) -> Html:
+    rows: list[Sequence[object]] = []
+    for run in report.runs:
+        scores = run.prior_of(task)
+        if scores:
+            rows += _prior_rows(report, run, scores)
+    rows += [_prior_seeds(group, task) for group in report.groups if _several(group, task)]
+    metric = next(s for run in report.runs for s in run.prior_of(task))
+    better = "" if metric.higher_is_better else "; lower is better"
+    head = ("run", "answers", "before", "worst, at generation", "final", "dip", "change",
+            "recovery")  # fmt: skip
+    caption = joined([code(task), f": {metric.metric}, {metric.prompts} prompts{better}"])
+    return table(head, rows, caption)
+
+
+def _several(group: Group, task: str) -> bool:
+    return sum(bool(run.prior_of(task)) for run in group.runs) > 1
+
+
+def _prior_seeds(group: Group, task: str) -> Sequence[object]:
+    """Means over seeds with Student's intervals; greedy answers."""
+    parts = [outcome(scores)["greedy"] for run in group.runs if (scores := run.prior_of(task))]
+    signs = {"before": False, "worst": False, "final": False,
+             "dip": True, "change": True, "recovery": True}  # fmt: skip
+    means = [over_seeds([part[name] for part in parts], sign) for name, sign in signs.items()]
+    return (swatch(group.number, group.label), "greedy, mean", *means)
+
+
+def _prior_rows(
+    report: ReportData, run: RunData, scores: Sequence[PriorScore]
+) -> list[Sequence[object]]:
+    parts = outcome(scores)
+    rows: list[Sequence[object]] = []
+    for kind in KINDS:
+        part = parts[kind]
+        if part is None:
+            continue
+        rows.append(
+            (
+                report.named(run),
+                kind,
+                score(part["before"], part["before_95"]),
+                _worst(part),
+                score(part["final"], part["final_95"]),
+                *(score(part[n], part[f"{n}_95"], sign=True)
+                  for n in ("dip", "change", "recovery")),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _worst(part: Mapping[str, Any]) -> Html:
+    low, high = part["worst_95"]
+    at = f"[{low:.3f}, {high:.3f}] at {part['worst_generation']}"
+    return over(f"{part['worst']:.3f}", at)
