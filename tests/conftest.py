@@ -122,3 +122,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.llama().save_pretrained(folder)
     tiny_models.byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a report's words and numbers: drawing takes most of its time."""
+    from esfast.html_report import drawing, pictures
+
+    nothing = drawing.Drawn(b"<svg/>", b"<svg/>", b"")
+    monkeypatch.setattr(pictures, "drawn", lambda *_: nothing)

@@ -6,12 +6,12 @@ import base64
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from report_page import Page
 from report_runs import (
     DONE,
     MEMBERS,
@@ -26,49 +26,14 @@ from report_runs import (
 
 from esfast import AnchoredDecay, cli
 from esfast.continual import plan, results
-from esfast.html_report import pictures
-from esfast.html_report.drawing import DARK, LIGHT, Drawn
+from esfast.html_report.drawing import DARK, LIGHT
 from esfast.html_report.page import flat, large, number, percent, score, seconds, table, text
 from esfast.html_report.report_data import student
 from esfast.journal import read_journal
 from esfast.prior.scores import Estimate, PriorScore
 
-VOID = {"meta", "img", "source", "br"}
 SECTIONS = ["glance", "run", "target", "prior", "law", "drift", "sparsity", "kl", "equal-norm",
             "cost", "answers", "settings", "provenance"]  # fmt: skip
-
-
-class Page(HTMLParser):
-    """The text, the tags, and whether they nest."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        """All that is read, with single spaces."""
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +128,6 @@ def test_settings_that_differ_are_marked(made: tuple[Page, Path]) -> None:
     assert "5" not in marked  # prompts, the same in all
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of words and numbers: drawing takes most of a report's time."""
-    monkeypatch.setattr(pictures, "drawn", lambda *_: Drawn(b"<svg/>", b"<svg/>", b""))
-
-
 def test_a_run_of_little_says_what_would_add_the_rest(tmp_path: Path) -> None:
     write(tmp_path / "bare" / "config.json", config(0, "es", None))
     output = tmp_path / "bare.html"
@@ -211,6 +170,7 @@ def test_a_sequence_is_its_stages_and_what_became_of_each_task(
             for task, course in levels[place].items()
             for at, level in course.items()
         ]
+        lines[-1]["failed"] = 7 * place
         write_lines(stage.folder / "prior.jsonl", lines)
     write(folder / "continual.json", {"results": results(stages)})
     output = tmp_path / "chain.html"
@@ -218,7 +178,9 @@ def test_a_sequence_is_its_stages_and_what_became_of_each_task(
     page = Page(output.read_text(encoding="utf-8"))
     assert [a["id"] for a in page.all("section")][4] == "sequence"
     for shown in ("stage-1-A", "stage-2-B", "-0.200 [-0.200, -0.200] +0.200 0.750", "before any",
-                  "stage 2: B 0.600 [0.600, 0.600] 0.900 [0.900, 0.900]"):  # fmt: skip
+                  "stage 2: B 0.600 [0.600, 0.600] 0.900 [0.900, 0.900]",
+                  "chain: answers that could not be scored and count with the failure reward: "
+                  "stage-2-B 7."):  # fmt: skip
         assert shown in page.text, shown
 
 

@@ -70,7 +70,7 @@ def _sections(report: ReportData, chains: Sequence[TaskChain], pictures: Picture
         account.what_was_run(report),
         training.target(report, pictures),
         prior_tasks.prior(report, pictures),
-        sequences(chains, pictures),
+        sequences(chains, report.runs, pictures),
         law.law(report, pictures),
         drift,
         change.sparsity(report, pictures),

@@ -15,7 +15,17 @@ from esfast.html_report.drawing import (
     plain,
     whole_generations,
 )
-from esfast.html_report.page import DASH, Html, Missing, Section, number, over, score, table
+from esfast.html_report.page import (
+    DASH,
+    Html,
+    Missing,
+    Section,
+    number,
+    over,
+    score,
+    table,
+    unscored,
+)
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Points, ReportData, merged, swatch
 from esfast.html_report.run_data import Subject
@@ -202,6 +212,11 @@ def _equal_table(subject: Subject, found: Mapping[str, Any]) -> Html:
 
 def _scores(scores: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> list[Html | str]:
     return [
-        score(scores[name]["score"], scores[name]["score_95"]) if name in scores else DASH
+        unscored(
+            score(scores[name]["score"], scores[name]["score_95"]),
+            scores[name].get("failed_rewards", 0),
+        )
+        if name in scores
+        else DASH
         for name in sets
     ]

@@ -10,16 +10,23 @@ from esfast.html_report.page import (
     DASH,
     Html,
     Section,
-    joined,
     number,
     over,
     score,
     seconds,
     table,
+    unscored,
 )
 from esfast.html_report.report_data import ReportData, student, swatch
 from esfast.html_report.run_data import RunData
 from esfast.prior.scores import outcome
+
+CAPTION = (
+    "Scores with 95 % intervals over the held-out prompts; rises also in standard errors (s.e.) of "
+    "the paired difference; falls of prior tasks paired over their prompts, final against before. "
+    "Failed rewards: answers of training that could not be scored; below, those of held-out "
+    "prompts and prior tasks. Each counts with its task's failure reward."
+)
 
 
 def glance(report: ReportData) -> Section:
@@ -27,16 +34,14 @@ def glance(report: ReportData) -> Section:
     section = Section("glance", "At a glance")
     head = (
         "run", "method", "generations", "target before", "target final",
-        "rise", "largest fall of a prior task", "norm of the change",
+        "rise", "largest fall of a prior task", "norm of the change", "failed rewards",
         "wall time",
     )  # fmt: skip
     section.parts.append(
         table(
             head,
             [_glance_row(report, run) for run in report.runs],
-            "Scores with 95 % intervals over the held-out prompts; rises also in standard errors "
-            "(s.e.) of the paired difference; falls of prior tasks paired "
-            "over their prompts, final against before.",
+            CAPTION,
         )
     )
     if report.seeds:
@@ -59,6 +64,7 @@ def _glance_row(report: ReportData, run: RunData) -> Sequence[object]:
         DASH if rise is None else over(f"{rise:+.3f}", f"{_finite(errors)} s.e."),
         _largest_fall(run),
         number(_norm(run)),
+        _failed(run),
         seconds(sum(spent.values()) if spent else None),
     )
 
@@ -68,7 +74,18 @@ def _finite(value: float | None) -> str:
 
 
 def _held_out(record: Mapping[str, Any] | None) -> str | Html:
-    return DASH if record is None else score(record["score"], record["score_95"])
+    if record is None:
+        return DASH
+    return unscored(score(record["score"], record["score_95"]), record.get("failed_rewards", 0))
+
+
+def _failed(run: RunData) -> str | Html:
+    trained = DASH if run.failed_rewards is None else f"{run.failed_rewards:,}"
+    held_out = sum(record.get("failed_rewards", 0) for record in run.held_out)
+    prior = sum(score.failed for score in run.prior)
+    counts = ((held_out, "held-out"), (prior, "of prior tasks"))
+    apart = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+    return over(trained, apart) if apart else trained
 
 
 def _norm(run: RunData) -> float | None:
@@ -93,8 +110,9 @@ def _largest_fall(run: RunData) -> Html | str:
     if not falls:
         return DASH
     change, interval, task = falls[0]
-    return joined([score(change, interval, sign=True), Html('<span class="below">'), task,
-                   Html("</span>")])  # fmt: skip
+    scores = run.prior_of(task)
+    shown = over(score(change, interval, sign=True), task)
+    return unscored(shown, scores[0].failed + scores[-1].failed)
 
 
 def _seeds_table(report: ReportData) -> Html:

@@ -180,6 +180,23 @@ def over(first: object, second: object) -> Html:
     return Html(f'{text(first)} <span class="below">{text(second)}</span>')
 
 
+def unscored(shown: Html | str, failed: int) -> Html | str:
+    """A score as it is shown, and how many of its answers could not be scored: they count with
+    the task's failure reward, of which the interval knows nothing."""
+    if not failed:
+        return shown
+    return joined([shown, Html(' <span class="below changed">'), f"{failed:,} not scored",
+                   Html("</span>")])  # fmt: skip
+
+
+def at_generations(counts: Mapping[int, int]) -> str:
+    """ "12 at generation 3", "40 at 5 generations from 2 to 9": counts by generation, some."""
+    total = f"{sum(counts.values()):,}"
+    if len(counts) == 1:
+        return f"{total} at generation {next(iter(counts))}"
+    return f"{total} at {len(counts)} generations from {min(counts)} to {max(counts)}"
+
+
 def percent(share: float | None) -> str:
     """ "12.3 %"; small and nearly whole shares keep the digits that tell them from 0 and 100."""
     if share is None:

@@ -20,12 +20,14 @@ from esfast.html_report.page import (
     Html,
     Missing,
     Section,
+    at_generations,
     code,
     joined,
     over,
     paragraph,
     score,
     table,
+    unscored,
 )
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Group, Points, ReportData, swatch
@@ -39,7 +41,7 @@ def prior(report: ReportData, pictures: Pictures) -> Section:
     tasks = list(dict.fromkeys(task for run in report.runs for task in run.prior_tasks))
     if tasks:
         section.parts.append(_prior_picture(report, pictures, tasks))
-        section.parts += [_prior_table(report, task) for task in tasks]
+        section.parts += [part for task in tasks for part in _task_parts(report, task)]
         section.parts.append(
             paragraph(
                 "Dip: worst minus before. Change: final minus before. Recovery: final minus "
@@ -97,6 +99,30 @@ def _prior_points(run: RunData, task: str, kind: str) -> Points | None:
     )
 
 
+def _task_parts(report: ReportData, task: str) -> list[Html]:
+    """A task's table, and a line for each run whose scores are in part the grader's."""
+    outages = [_outage(run, task) for run in report.runs]
+    return [_prior_table(report, task), *(paragraph(said) for said in outages if said)]
+
+
+def _outage(run: RunData, task: str) -> str | None:
+    """Which of the evaluations that a change is read from had answers that were not scored."""
+    scores = run.prior_of(task)
+    failed = {s.generation: s.failed for s in scores if s.failed}
+    if not failed:
+        return None
+    parts = [part for kind in KINDS if (part := outcome(scores)[kind])]
+    read = {when: {part[f"{when}_generation"] for part in parts}
+            for when in ("before", "worst", "final")}  # fmt: skip
+    hit = [when for when, there in read.items() if there & failed.keys()]
+    where = f"the {' and the '.join(hit)} score among them" if hit else "none of them below"
+    return (
+        f"{task}, {run.name}: answers that could not be scored: {at_generations(failed)}, {where}. "
+        "They count with the failure reward, so that a fall there may be the grader's; intervals "
+        "do not know of it."
+    )
+
+
 def _prior_table(report: ReportData, task: str) -> Html:
     rows: list[Sequence[object]] = []
     for run in report.runs:
@@ -108,8 +134,15 @@ def _prior_table(report: ReportData, task: str) -> Html:
     better = "" if metric.higher_is_better else "; lower is better"
     head = ("run", "answers", "before", "worst, at generation", "final", "dip", "change",
             "recovery")  # fmt: skip
-    caption = joined([code(task), f": {metric.metric}, {metric.prompts} prompts{better}"])
+    caption = joined([code(task), f": {metric.metric}, {metric.prompts} prompts{better}",
+                      _said_of_failed(report, task)])  # fmt: skip
     return table(head, rows, caption)
+
+
+def _said_of_failed(report: ReportData, task: str) -> str:
+    if not any(s.failed for run in report.runs for s in run.prior_of(task)):
+        return ""
+    return "; not scored: of the greedy and the sampled answers together"
 
 
 def _several(group: Group, task: str) -> bool:
@@ -129,6 +162,7 @@ def _prior_rows(
     report: ReportData, run: RunData, scores: Sequence[PriorScore]
 ) -> list[Sequence[object]]:
     parts = outcome(scores)
+    failed = {s.generation: s.failed for s in scores}
     rows: list[Sequence[object]] = []
     for kind in KINDS:
         part = parts[kind]
@@ -138,9 +172,14 @@ def _prior_rows(
             (
                 report.named(run),
                 kind,
-                score(part["before"], part["before_95"]),
-                _worst(part),
-                score(part["final"], part["final_95"]),
+                *(
+                    unscored(shown, failed[part[f"{when}_generation"]])
+                    for when, shown in (
+                        ("before", score(part["before"], part["before_95"])),
+                        ("worst", _worst(part)),
+                        ("final", score(part["final"], part["final_95"])),
+                    )
+                ),
                 *(score(part[n], part[f"{n}_95"], sign=True)
                   for n in ("dip", "change", "recovery")),
             )

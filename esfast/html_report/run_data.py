@@ -78,6 +78,13 @@ class RunData:
         return tuple(sorted({r["generation"]: r for r in found}.values(), key=_generation))
 
     @property
+    def failed_rewards(self) -> int | None:
+        """Answers of training that could not be scored; None where no generation is written."""
+        if self.summary and "failed_rewards" in self.summary:
+            return int(self.summary["failed_rewards"])
+        return sum(row.get("failed_rewards", 0) for row in self.rows) if self.rows else None
+
+    @property
     def prior_tasks(self) -> list[str]:
         """Names of the prior tasks, in the order of their first scores."""
         return list(dict.fromkeys(score.task for score in self.prior))

@@ -24,6 +24,7 @@ from esfast.html_report.drawing import (
 )
 from esfast.html_report.page import DASH, Html, Section, number, paragraph, score, table
 from esfast.html_report.pictures import Pictures
+from esfast.html_report.run_data import RunData
 from esfast.run_folder import CONFIG, read_json
 
 DIFFERENCES = ("learned", "forward_transfer", "backward_transfer")
@@ -61,8 +62,8 @@ def _number(stage: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def sequences(chains: Sequence[TaskChain], pictures: Pictures) -> Section:
-    """A picture and two tables a sequence; nothing without one."""
+def sequences(chains: Sequence[TaskChain], runs: Sequence[RunData], pictures: Pictures) -> Section:
+    """A picture and two tables a sequence, whose stages are among the runs; nothing without one."""
     section = Section("sequence", "One task after another")
     for place, chain in enumerate(chains):
         found = chain.record["results"].get("greedy")
@@ -71,6 +72,7 @@ def sequences(chains: Sequence[TaskChain], pictures: Pictures) -> Section:
         section.parts.append(_peaks(chain, found["tasks"], f"sequence_{place + 1}", pictures))
         section.parts.append(_transfer_table(chain, found["tasks"]))
         section.parts.append(_matrix_table(chain, found["matrix"]))
+        section.parts += _not_scored(chain, runs)
     if section.parts:
         section.parts.append(
             paragraph(
@@ -81,6 +83,23 @@ def sequences(chains: Sequence[TaskChain], pictures: Pictures) -> Section:
             )
         )
     return section
+
+
+def _not_scored(chain: TaskChain, runs: Sequence[RunData]) -> list[Html]:
+    """Which stages' scores are in part the grader's; continual.json does not say."""
+    said = [
+        f"{run.name} {sum(score.failed for score in run.prior):,}"
+        for run in runs
+        if run.path in chain.stages and any(score.failed for score in run.prior)
+    ]
+    if not said:
+        return []
+    return [
+        paragraph(
+            f"{chain.name}: answers that could not be scored and count with the failure reward: "
+            f"{', '.join(said)}. The section on prior tasks says of which and when."
+        )
+    ]
 
 
 def _peaks(

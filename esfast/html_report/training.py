@@ -17,7 +17,9 @@ from esfast.html_report.page import (
     Html,
     Missing,
     Section,
+    at_generations,
     joined,
+    paragraph,
     table,
     text,
 )
@@ -66,12 +68,27 @@ def target(report: ReportData, pictures: Pictures) -> Section:
                 f"reward of the members that were trained on. {bands}",
             )
         )
+    section.parts += [paragraph(said) for run in report.runs if (said := _not_scored(run))]
     section.missing += [
         Missing(run.name, "held-out scores", NONE_BUT_A_NEW_RUN)
         for run in report.runs
         if not run.held_out
     ]
     return section
+
+
+def _not_scored(run: RunData) -> str | None:
+    """At which generations answers counted with the failure reward."""
+    parts = []
+    for what, records in (("held-out", run.held_out), ("of training", run.rows)):
+        failed = {r["generation"]: n for r in records if (n := r.get("failed_rewards", 0))}
+        parts += [f"{what} {at_generations(failed)}"] if failed else []
+    if not parts:
+        return None
+    return (
+        f"{run.name}: answers that could not be scored and count with the failure reward, in the "
+        f"curves too: {'; '.join(parts)}."
+    )
 
 
 def _score_points(run: RunData) -> Points | None:
