@@ -124,14 +124,14 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
         if run.summary and run.summary.get("prior") and _prior_unknown(run.summary)
     ]
     section.missing += [
-        Missing(run.name, "the summary: the run is not finished", _resume(run))
+        Missing(run.name, "the summary: the run is not finished", resume_command(run))
         for run in report.runs
         if not run.summary
     ]  # fmt: skip
     return section
 
 
-def _resume(run: RunData) -> str:
+def resume_command(run: RunData) -> str:
     """What goes on with a run that is not finished."""
     if is_chain(run.path.parent):
         return f"esfast continual --resume {run.path.parent}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esfast.html_report.account import resume_command
 from esfast.html_report.page import (
     DASH,
     Html,
+    Missing,
     Section,
+    at_end,
     number,
     over,
     score,
@@ -46,31 +48,47 @@ def glance(report: ReportData) -> Section:
     )
     if report.seeds:
         section.parts.append(_seeds_table(report))
+    section.missing += [
+        Missing(run.name, "the held-out score before training", resume_command(run))
+        for run in report.runs
+        if run.held_out and run.before is None
+    ]
     return section
 
 
 def _glance_row(report: ReportData, run: RunData) -> Sequence[object]:
-    summary = run.summary or {}
-    first, last = (run.held_out[0], run.held_out[-1]) if run.held_out else (None, None)
-    rise = summary.get("rise")
-    errors = summary.get("rise_in_standard_errors")
-    spent = summary.get("seconds")
+    spent = (run.summary or {}).get("seconds")
     return (
         report.named(run),
         run.method,
-        summary.get("generations", len(run.rows)),
-        _held_out(first),
-        _held_out(last),
-        DASH if rise is None else over(f"{rise:+.3f}", f"{_finite(errors)} s.e."),
+        _generations(run),
+        _held_out(run.before),
+        at_end(_held_out(run.final), run.final["generation"], run.generations)
+        if run.final
+        else DASH,
+        _rise(run),
         _largest_fall(run),
-        number(_norm(run)),
+        _norm_cell(run),
         _failed(run),
         seconds(sum(spent.values()) if spent else None),
     )
 
 
-def _finite(value: float | None) -> str:
-    return DASH if value is None or not math.isfinite(value) else f"{value:.1f}"
+def _generations(run: RunData) -> str | Html:
+    wanted = run.config["settings"].get("generations", 0)
+    return (
+        over(run.generations, f"of {wanted}") if run.generations < wanted else str(run.generations)
+    )
+
+
+def _rise(run: RunData) -> str | Html:
+    """From before to final; in standard errors where the summary's rise is the same."""
+    if run.before is None or run.final is None:
+        return DASH
+    rise, summary = f"{run.final['score'] - run.before['score']:+.3f}", run.summary or {}
+    same = (summary.get("held_out_after") or {}).get("generation") == run.final["generation"]
+    errors = summary.get("rise_in_standard_errors") if same else None
+    return over(rise, f"{errors:.1f} s.e.") if errors is not None else rise
 
 
 def _held_out(record: Mapping[str, Any] | None) -> str | Html:
@@ -88,6 +106,12 @@ def _failed(run: RunData) -> str | Html:
     return over(trained, apart) if apart else trained
 
 
+def _norm_cell(run: RunData) -> str | Html:
+    last = run.subject.last if run.subject else None
+    at = None if last is None else last["generation"]  # a checkpoint has none
+    return at_end(number(_norm(run)), at, run.generations)
+
+
 def _norm(run: RunData) -> float | None:
     last = run.subject.last if run.subject else None
     return None if last is None else float(last["whole"]["norm"])
@@ -98,7 +122,10 @@ def _falls(run: RunData) -> list[tuple[float, Sequence[float] | None, str]]:
     counts as a fall."""
     found = []
     for task in run.prior_tasks:
-        part = outcome(run.prior_of(task))
+        scores = run.prior_of(task)
+        if len(scores) < 2:  # before training alone
+            continue
+        part = outcome(scores)
         sign = 1.0 if part["higher_is_better"] else -1.0
         change = part["greedy"]["change"]
         found.append((sign * change, (change, part["greedy"]["change_95"], task)))
@@ -112,17 +139,18 @@ def _largest_fall(run: RunData) -> Html | str:
     change, interval, task = falls[0]
     scores = run.prior_of(task)
     shown = over(score(change, interval, sign=True), task)
-    return unscored(shown, scores[0].failed + scores[-1].failed)
+    last = scores[-1]
+    return at_end(unscored(shown, scores[0].failed + last.failed), last.generation, run.generations)
 
 
 def _seeds_table(report: ReportData) -> Html:
     rows = []
     for group in report.groups:
-        finals = [run.held_out[-1]["score"] for run in group.runs if run.held_out]
+        finals = [run.final["score"] for run in group.runs if run.final]
         rises = [
-            run.held_out[-1]["score"] - run.held_out[0]["score"]
+            run.final["score"] - run.before["score"]
             for run in group.runs
-            if run.held_out
+            if run.final and run.before
         ]
         norms = [norm for run in group.runs if (norm := _norm(run)) is not None]
         falls = [found[0][0] for run in group.runs if (found := _falls(run))]

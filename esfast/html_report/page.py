@@ -189,6 +189,11 @@ def unscored(shown: Html | str, failed: int) -> Html | str:
                    Html("</span>")])  # fmt: skip
 
 
+def at_end(shown: Html | str, at: int | None, end: int) -> Html | str:
+    """A value, with the generation that it is of where that is not the last one."""
+    return shown if at is None or at == end else over(shown, f"at generation {at}")
+
+
 def at_generations(counts: Mapping[int, int]) -> str:
     """ "12 at generation 3", "40 at 5 generations from 2 to 9": counts by generation, some."""
     total = f"{sum(counts.values()):,}"

@@ -17,9 +17,11 @@ from esfast.html_report.drawing import (
 )
 from esfast.html_report.glance import over_seeds
 from esfast.html_report.page import (
+    DASH,
     Html,
     Missing,
     Section,
+    at_end,
     at_generations,
     code,
     joined,
@@ -146,12 +148,13 @@ def _said_of_failed(report: ReportData, task: str) -> str:
 
 
 def _several(group: Group, task: str) -> bool:
-    return sum(bool(run.prior_of(task)) for run in group.runs) > 1
+    return sum(len(run.prior_of(task)) > 1 for run in group.runs) > 1
 
 
 def _prior_seeds(group: Group, task: str) -> Sequence[object]:
     """Means over seeds with Student's intervals; greedy answers."""
-    parts = [outcome(scores)["greedy"] for run in group.runs if (scores := run.prior_of(task))]
+    parts = [outcome(scores)["greedy"] for run in group.runs
+             if len(scores := run.prior_of(task)) > 1]  # fmt: skip
     signs = {"before": False, "worst": False, "final": False,
              "dip": True, "change": True, "recovery": True}  # fmt: skip
     means = [over_seeds([part[name] for part in parts], sign) for name, sign in signs.items()]
@@ -168,6 +171,10 @@ def _prior_rows(
         part = parts[kind]
         if part is None:
             continue
+        if part["final_generation"] == part["before_generation"]:  # nothing since
+            before = unscored(score(part["before"], part["before_95"]), scores[0].failed)
+            rows.append((report.named(run), kind, before, *[DASH] * 5))
+            continue
         rows.append(
             (
                 report.named(run),
@@ -177,7 +184,7 @@ def _prior_rows(
                     for when, shown in (
                         ("before", score(part["before"], part["before_95"])),
                         ("worst", _worst(part)),
-                        ("final", score(part["final"], part["final_95"])),
+                        ("final", _final(part, run)),
                     )
                 ),
                 *(score(part[n], part[f"{n}_95"], sign=True)
@@ -185,6 +192,11 @@ def _prior_rows(
             )
         )  # fmt: skip
     return rows
+
+
+def _final(part: Mapping[str, Any], run: RunData) -> Html | str:
+    shown = score(part["final"], part["final_95"])
+    return at_end(shown, part["final_generation"], run.generations)
 
 
 def _worst(part: Mapping[str, Any]) -> Html:

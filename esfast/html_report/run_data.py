@@ -78,6 +78,24 @@ class RunData:
         return tuple(sorted({r["generation"]: r for r in found}.values(), key=_generation))
 
     @property
+    def before(self) -> Record | None:
+        """The held-out score before training; None where no file has it, as of a killed run: it
+        stands in the summary alone."""
+        return next((r for r in self.held_out if r["generation"] == 0), None)
+
+    @property
+    def final(self) -> Record | None:
+        """The last held-out score of weights that training moved."""
+        return self.held_out[-1] if self.held_out and self.held_out[-1]["generation"] else None
+
+    @property
+    def generations(self) -> int:
+        """How many there are, by the summary or the lines so far."""
+        if self.summary and "generations" in self.summary:
+            return int(self.summary["generations"])
+        return int(self.rows[-1]["generation"]) if self.rows else 0
+
+    @property
     def failed_rewards(self) -> int | None:
         """Answers of training that could not be scored; None where no generation is written."""
         if self.summary and "failed_rewards" in self.summary:
