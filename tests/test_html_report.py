@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from report_page import Page
 from report_runs import (
@@ -257,7 +258,9 @@ def test_numbers_as_text() -> None:
     assert flat({"a": {"b": None, "c": True}, "d": [1, 2]}) == {
         "a.b": "none", "a.c": "yes", "d": "1, 2",
     }  # fmt: skip
-    assert student([0.6, 0.8]) == pytest.approx((0.7, -0.5706, 1.9706))
+    assert student([0.6, 0.8]) == pytest.approx((0.7, -0.5706, 1.9706), abs=1e-4)
+    wide = np.tile([0.0, 1.0], 15)  # 30 seeds: 2.0452 standard errors, not those of 11
+    assert student(wide)[2] - 0.5 == pytest.approx(2.0452 * wide.std(ddof=1) / 30**0.5, rel=1e-4)
 
 
 def test_text_is_escaped_and_empty_columns_are_left_out() -> None:

@@ -4,12 +4,18 @@ not end, runs that are no seeds, and the worst that was picked after looking."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_page import words_of
-from report_runs import DONE, run_folder, write, write_lines
+from report_runs import DONE, held_out, run_folder, write, write_lines
+
+from esfast import AnchoredDecay
+from esfast.html_report import read_runs
+from esfast.html_report.report_data import Points, ReportData
+from esfast.journal import read_journal
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -90,3 +96,85 @@ def test_a_final_score_of_an_earlier_generation_says_so(tmp_path: Path) -> None:
     assert "0.600 [0.550, 0.650] at generation 3 +0.300 5.2 s.e." in words
     assert "0.700 [0.655, 0.745] at generation 3" in words  # of capitals
     assert words.count("at generation 3") == 7  # final, fall, norm; two tasks, greedy and sampled
+
+
+def with_final(run: Path, final: float) -> Path:
+    """The run with another held-out score at its end."""
+    rows, summary = lines(run / "metrics.jsonl"), content(run / "summary.json")
+    rows[-1]["held_out"] = summary["held_out_after"] = held_out(DONE, final)
+    write_lines(run / "metrics.jsonl", rows)
+    write(run / "summary.json", summary)
+    return run
+
+
+def test_a_run_made_again_is_no_further_seed(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / name, seed=1) for name in ("es-a", "es-b")]
+    words = words_of(*runs)
+    assert "es (1 of 2 runs): curves and means leave out es-b (of the same seed as es-a)." in words
+    assert "2 seeds" not in words and "Means over seeds" not in words
+    third = with_final(run_folder(tmp_path / "es-c", seed=2), 0.8)
+    words = words_of(*runs, third)
+    assert "es (2 of 3 runs) 2 0.700 [-0.571, 1.971]" in words
+
+
+def test_runs_of_one_check_value_have_one_diagnosis(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / name, seed=1) for name in ("a", "b")]
+    found = content(runs[0] / "forgetting" / "forgetting.json")
+    found["subjects"][0] |= {"chain": read_journal(runs[0]).chains[-1].hex(), "source": "old/a"}
+    write(tmp_path / "both.json", found)
+    for run in runs:
+        shutil.rmtree(run / "forgetting")
+    words = words_of(*runs, flags=("--forgetting", str(tmp_path / "both.json")))
+    assert "Not here for b: measured norms" not in words
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ({"arguments": {"anchor_model": "elsewhere"}}, "anchor tiny elsewhere"),
+        ({"arguments": {"engine": "vllm"}}, "engine – vllm"),
+        ({"device": "cuda:1"}, "device cpu cuda"),
+        ({"prior": {"every": 5, "seed": 2, "tasks": [{"source": "sums"}]}}, "prior.tasks – sums"),
+    ],
+)
+def test_runs_of_other_conditions_are_no_seeds_of_one_setting(
+    tmp_path: Path, place: dict[str, Any], shown: str
+) -> None:
+    decay = AnchoredDecay("l2", 10.0)
+    runs = [run_folder(tmp_path / f"es-{seed}", seed=seed, decay=decay) for seed in (1, 2)]
+    assert "es (2 seeds)" in words_of(*runs)
+    write(runs[1] / "config.json", {**content(runs[1] / "config.json"), **place})
+    words = words_of(*runs)
+    assert "es (2 seeds)" not in words and shown in words
+
+
+def test_the_seed_of_prior_tasks_and_the_number_of_a_device_are_no_conditions(
+    tmp_path: Path,
+) -> None:
+    runs = [run_folder(tmp_path / f"es-{seed}", seed=seed) for seed in (1, 2)]
+    for seed, run in enumerate(runs):
+        prior = {"every": 5, "seed": seed, "tasks": [{"source": "sums"}]}
+        said = {"device": f"cuda:{seed}", "prior": prior}
+        write(run / "config.json", {**content(run / "config.json"), **said})
+    assert "es (2 seeds)" in words_of(*runs)
+
+
+def test_a_run_that_did_not_end_is_no_part_of_the_mean(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / f"es-{seed}", seed=seed) for seed in (1, 2, 3)]
+    with_final(runs[1], 0.8)
+    stopped(runs[2], 2)
+    words = words_of(*runs, run_folder(tmp_path / "grpo", method="grpo"))
+    assert "es (2 of 3 runs) 2 0.700 [-0.571, 1.971]" in words
+    assert "curves and means leave out es-3 (2 of 3 generations)" in words
+    assert "bands of a single run: left, 95 % intervals over the held-out prompts" in words
+    assert "bands of a single run: 95 % intervals over the prompts" in words
+
+
+def test_curves_are_of_the_runs_that_ended(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / f"es-{seed}", seed=seed) for seed in (1, 2, 3)]
+    stopped(folders[2], 2)
+    report = ReportData(tuple(read_runs([str(folder) for folder in folders])))
+    (series,) = report.series(
+        lambda run: Points([r["generation"] for r in run.rows], [1.0 for _ in run.rows])
+    )
+    assert list(series.x) == [1, 2, 3]

@@ -45,18 +45,13 @@ def what_was_run(report: ReportData) -> Section:
                     str(group.runs[0].config.get("dtype", DASH))]),
             task_name(group.runs[0]),
             _main_settings(group.runs[0]),
-            ", ".join(str(_seed(run)) for run in group.runs),
+            ", ".join(str(DASH if run.seed is None else run.seed) for run in group.runs),
             ", ".join(dict.fromkeys(_state(run) for run in group.runs)),
         )
         for group in report.groups
     ]  # fmt: skip
     section.parts.append(table(head, rows, kind="words"))
     return section
-
-
-def _seed(run: RunData) -> object:
-    settings = run.config["settings"]
-    return strategy_of(run.config).get("seed", settings.get("seed", DASH))
 
 
 def _state(run: RunData) -> str:
@@ -278,7 +273,7 @@ def _spent(run: RunData) -> Mapping[str, float]:
 def settings(report: ReportData) -> Section:
     """Every setting, a column a group; those that differ are marked."""
     section = Section("settings", "Configuration")
-    columns = [flat(group.runs[0].config["settings"]) for group in report.groups]
+    columns = [_configuration(group.runs[0]) for group in report.groups]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = []
     for name in names:
@@ -288,6 +283,17 @@ def settings(report: ReportData) -> Section:
     head = ("setting", *(swatch(group.number, group.label) for group in report.groups))
     section.parts.append(table(head, rows, "Marked: what differs between the runs.", kind="words"))
     return section
+
+
+def _configuration(run: RunData) -> dict[str, str]:
+    """What tells families of runs apart; of prior tasks their names."""
+    conditions = dict(run.conditions)
+    if conditions["engine"] is None:  # GRPO has its own
+        del conditions["engine"]
+    if conditions["prior"]:
+        names = [task.get("source") for task in conditions["prior"]["tasks"]]
+        conditions["prior"] = {**conditions["prior"], "tasks": names}
+    return flat({**conditions, **run.config["settings"]})
 
 
 def _marked(value: str) -> Html:

@@ -115,7 +115,8 @@ def _course_picture(report: ReportData, pictures: Pictures, panels: Sequence[Pan
         all_axes = grid_of(figure, len(panels), 2)
         for axes, panel in zip(all_axes, panels, strict=True):
             for index, label, members in report.subject_groups:
-                points = [p for s in members if len((p := _course(s, panel)).x) > 1]
+                chosen = report.averaged(index, members)
+                points = [p for s in chosen if len((p := _course(s, panel)).x) > 1]
                 if points:
                     curve(axes, merged(label, index, points), theme)
             axes.set(title=f"{plain(panel[1])}\n{plain(panel[0])}", xlabel="generation",
@@ -125,7 +126,8 @@ def _course_picture(report: ReportData, pictures: Pictures, panels: Sequence[Pan
 
     return pictures.add(
         "kl_course", draw, 0.5 + 2.4 * -(-len(panels) // 2),
-        "The same over the generations: exact, weighted by tokens.",
+        "The same over the generations: exact, weighted by tokens. "
+        + report.bands("95 % intervals over the prompts"),
     )  # fmt: skip
 
 

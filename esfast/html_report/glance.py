@@ -1,4 +1,4 @@
-"""The comparison at a glance: a row a run, and means over seeds."""
+"""The comparison at a glance: a row a run, and one a group of seeds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from esfast.html_report.page import (
     table,
     unscored,
 )
-from esfast.html_report.report_data import ReportData, student, swatch
+from esfast.html_report.report_data import ReportData
 from esfast.html_report.run_data import RunData
-from esfast.prior.scores import outcome
+from esfast.html_report.seeds import changes, seeds_parts
 
 CAPTION = (
     "Scores with 95 % intervals over the held-out prompts; rises also in standard errors (s.e.) of "
@@ -46,8 +46,7 @@ def glance(report: ReportData) -> Section:
             CAPTION,
         )
     )
-    if report.seeds:
-        section.parts.append(_seeds_table(report))
+    section.parts += seeds_parts(report)
     section.missing += [
         Missing(run.name, "the held-out score before training", resume_command(run))
         for run in report.runs
@@ -68,7 +67,7 @@ def _glance_row(report: ReportData, run: RunData) -> Sequence[object]:
         else DASH,
         _rise(run),
         _largest_fall(run),
-        _norm_cell(run),
+        _norm(run),
         _failed(run),
         seconds(sum(spent.values()) if spent else None),
     )
@@ -106,76 +105,17 @@ def _failed(run: RunData) -> str | Html:
     return over(trained, apart) if apart else trained
 
 
-def _norm_cell(run: RunData) -> str | Html:
+def _norm(run: RunData) -> str | Html:
     last = run.subject.last if run.subject else None
-    at = None if last is None else last["generation"]  # a checkpoint has none
-    return at_end(number(_norm(run)), at, run.generations)
-
-
-def _norm(run: RunData) -> float | None:
-    last = run.subject.last if run.subject else None
-    return None if last is None else float(last["whole"]["norm"])
-
-
-def _falls(run: RunData) -> list[tuple[float, Sequence[float] | None, str]]:
-    """(change of a greedy score, its interval, task), worst first; a rise where lower is better
-    counts as a fall."""
-    found = []
-    for task in run.prior_tasks:
-        scores = run.prior_of(task)
-        if len(scores) < 2:  # before training alone
-            continue
-        part = outcome(scores)
-        sign = 1.0 if part["higher_is_better"] else -1.0
-        change = part["greedy"]["change"]
-        found.append((sign * change, (change, part["greedy"]["change_95"], task)))
-    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+    if last is None:
+        return DASH
+    return at_end(number(float(last["whole"]["norm"])), last["generation"], run.generations)
 
 
 def _largest_fall(run: RunData) -> Html | str:
-    falls = _falls(run)
-    if not falls:
+    found = changes(run)
+    if not found:
         return DASH
-    change, interval, task = falls[0]
-    scores = run.prior_of(task)
-    shown = over(score(change, interval, sign=True), task)
-    last = scores[-1]
-    return at_end(unscored(shown, scores[0].failed + last.failed), last.generation, run.generations)
-
-
-def _seeds_table(report: ReportData) -> Html:
-    rows = []
-    for group in report.groups:
-        finals = [run.final["score"] for run in group.runs if run.final]
-        rises = [
-            run.final["score"] - run.before["score"]
-            for run in group.runs
-            if run.final and run.before
-        ]
-        norms = [norm for run in group.runs if (norm := _norm(run)) is not None]
-        falls = [found[0][0] for run in group.runs if (found := _falls(run))]
-        rows.append(
-            (
-                swatch(group.number, group.label),
-                len(group.runs),
-                over_seeds(finals),
-                over_seeds(rises, sign=True),
-                over_seeds(falls, sign=True),
-                over_seeds(norms, digits=3),
-            )
-        )
-    head = ("runs that differ in their seed", "seeds", "target final", "rise",
-            "largest fall of a prior task", "norm of the change")  # fmt: skip
-    return table(head, rows, "Means over seeds with Student's 95 % intervals; with three seeds "
-                 "the interval is 4.3 standard errors wide to each side.")  # fmt: skip
-
-
-def over_seeds(values: Sequence[float], sign: bool = False, digits: int = 0) -> str | Html:
-    """Mean and Student's interval."""
-    if not values:
-        return DASH
-    mean, low, high = student(values)
-    if digits:
-        shown = number(mean, digits)
-        return shown if len(values) < 2 else over(shown, f"[{number(low)}, {number(high)}]")
-    return score(mean, (low, high) if len(values) > 1 else None, sign)
+    worst = max(found, key=lambda change: change.fall)
+    shown = over(score(worst.value, worst.interval, sign=True), worst.task)
+    return at_end(unscored(shown, worst.failed), worst.at, run.generations)

@@ -15,7 +15,6 @@ from esfast.html_report.drawing import (
     plain,
     whole_generations,
 )
-from esfast.html_report.glance import over_seeds
 from esfast.html_report.page import (
     DASH,
     Html,
@@ -34,6 +33,7 @@ from esfast.html_report.page import (
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Group, Points, ReportData, swatch
 from esfast.html_report.run_data import RunData
+from esfast.html_report.seeds import Found, over_seeds
 from esfast.prior.scores import KINDS, PriorScore, outcome
 
 
@@ -85,8 +85,7 @@ def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> 
         "prior_tasks", draw, 0.5 + 2.5 * rows,
         "Score of each prior task under the tuned weights: solid lines greedy answers, dashed ones "
         "the mean of several samples a prompt. "
-        + ("Lines are means over seeds, bands their range." if report.seeds
-           else "Bands: 95 % intervals over the prompts."),
+        + report.bands("95 % intervals over the prompts"),
     )  # fmt: skip
 
 
@@ -148,17 +147,26 @@ def _said_of_failed(report: ReportData, task: str) -> str:
 
 
 def _several(group: Group, task: str) -> bool:
-    return sum(len(run.prior_of(task)) > 1 for run in group.runs) > 1
+    return sum(len(run.prior_of(task)) > 1 for run in group.averaged) > 1
 
 
 def _prior_seeds(group: Group, task: str) -> Sequence[object]:
     """Means over seeds with Student's intervals; greedy answers."""
-    parts = [outcome(scores)["greedy"] for run in group.runs
-             if len(scores := run.prior_of(task)) > 1]  # fmt: skip
-    signs = {"before": False, "worst": False, "final": False,
-             "dip": True, "change": True, "recovery": True}  # fmt: skip
-    means = [over_seeds([part[name] for part in parts], sign) for name, sign in signs.items()]
-    return (swatch(group.number, group.label), "greedy, mean", *means)
+    runs = [run.prior_of(task) for run in group.averaged if len(run.prior_of(task)) > 1]
+    cells = []
+    for name in ("before", "worst", "final", "dip", "change", "recovery"):
+        found = [_of_outcome(scores, name) for scores in runs]
+        cells.append(over_seeds(found, group, sign=name in ("dip", "change", "recovery")))
+    end = max(scores[-1].generation for scores in runs)
+    return (swatch(group.number, group.label), at_end("greedy, mean", end, group.generations),
+            *cells)  # fmt: skip
+
+
+def _of_outcome(scores: Sequence[PriorScore], name: str) -> Found:
+    """A number of one run's outcome; of the generation that the run's was last evaluated at."""
+    part = outcome(scores)["greedy"]
+    failed = {s.generation: s.failed for s in scores}
+    return Found(scores[-1].generation, part[name], failed.get(part.get(f"{name}_generation"), 0))
 
 
 def _prior_rows(

@@ -1,7 +1,9 @@
 """What all sections share: the runs, in groups that differ in their seed alone, and their curves.
 
 Where a group has several seeds, figures show the mean over seeds with their range, and a table adds
-the mean with Student's 95 % interval; else intervals are those of the runs' own prompts.
+the mean with Student's 95 % interval; else intervals are those of the runs' own prompts. A mean is
+over one run a seed, of those that got furthest: a repeat is no seed, and what a run scored when it
+was stopped is no final score of its group.
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from esfast.forgetting.intervals import t95
 from esfast.html_report.drawing import LIGHT, Series
 from esfast.html_report.page import Html, text
 from esfast.html_report.run_data import RunData, Subject
 
-# Student's 0.975 quantile for 1 .. 10 degrees of freedom; 1.96 is 2 % short at 30.
 LONG_NAME = 28  # letters that a table's first column holds on one line
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,42 @@ class Group:
     """Runs that differ in their seed alone, or one run; `number` gives the colour."""
 
     number: int
-    label: str
     runs: tuple[RunData, ...]
+
+    @property
+    def generations(self) -> int:
+        """Of the run that got furthest."""
+        return max(run.generations for run in self.runs)
+
+    @cached_property
+    def averaged(self) -> tuple[RunData, ...]:
+        """What curves and means are taken over."""
+        kept: dict[int | None, RunData] = {}
+        for run in self.runs:
+            if run.generations == self.generations:
+                kept.setdefault(run.seed, run)
+        return tuple(kept.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """The other runs, and why."""
+        return [f"{run.name} ({self._reason(run)})" for run in self.runs
+                if run not in self.averaged]  # fmt: skip
+
+    def _reason(self, run: RunData) -> str:
+        if run.generations < self.generations:
+            return f"{run.generations} of {self.generations} generations"
+        same = next(kept for kept in self.averaged if kept.seed == run.seed)
+        return f"of the same seed as {same.name}"
+
+    @cached_property
+    def label(self) -> str:
+        """The run's name, or what the names have in common, with how many are averaged."""
+        if len(self.runs) == 1:
+            return self.runs[0].name
+        count, all_runs = len(self.averaged), len(self.runs)
+        shown = f"{count} seeds" if count == all_runs else f"{count} of {all_runs} runs"
+        return f"{_common_name(self.runs)} ({shown})"
 
 
 @dataclass(frozen=True)
@@ -55,14 +90,20 @@ class ReportData:
         found: dict[str, list[RunData]] = {}
         for run in self.runs:
             found.setdefault(run.family, []).append(run)
-        return tuple(
-            Group(number, _label(runs), tuple(runs)) for number, runs in enumerate(found.values())
-        )
+        return tuple(Group(number, tuple(runs)) for number, runs in enumerate(found.values()))
 
     @property
     def seeds(self) -> bool:
-        """Whether some group has several runs."""
-        return len(self.groups) < len(self.runs)
+        """Whether some group has several."""
+        return any(len(group.averaged) > 1 for group in self.groups)
+
+    def bands(self, of_one: str) -> str:
+        """What a caption says of lines and bands; of_one: what a single run's bands are."""
+        if not self.seeds:
+            return f"Bands: {of_one}."
+        single = any(len(group.averaged) == 1 for group in self.groups)
+        said = "Lines of several seeds are their mean, bands their range"
+        return f"{said}; bands of a single run: {of_one}." if single else f"{said}."
 
     @cached_property
     def subjects(self) -> tuple[tuple[int, Subject], ...]:
@@ -71,6 +112,13 @@ class ReportData:
         return tuple(own) + tuple(
             (len(self.groups) + number, extra) for number, extra in enumerate(self.extras)
         )
+
+    def averaged(self, number: int, members: Sequence[Subject]) -> list[Subject]:
+        """Those of a group's subjects that its curves are taken over."""
+        if number >= len(self.groups):  # extras
+            return list(members)
+        names = {run.name for run in self.groups[number].averaged}
+        return [subject for subject in members if subject.name in names]
 
     @cached_property
     def subject_groups(self) -> tuple[tuple[int, str, tuple[Subject, ...]], ...]:
@@ -92,10 +140,10 @@ class ReportData:
         return swatch(self.group_of(run).number, run.name)
 
     def series(self, points_of: Callable[[RunData], Points | None]) -> list[Series]:
-        """A curve a group: the run's own, or mean and range of the seeds where all have points."""
+        """A curve a group: the run's own, or mean and range of the seeds."""
         out = []
         for group in self.groups:
-            points = [p for run in group.runs if (p := points_of(run)) and len(p.x)]
+            points = [p for run in group.averaged if (p := points_of(run)) and len(p.x)]
             if points:
                 out.append(merged(group.label, group.number, points))
         return out
@@ -119,8 +167,7 @@ def student(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, mean, mean
-    quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = t95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
@@ -137,11 +184,8 @@ def strategy_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config["settings"].get("strategy") or {}
 
 
-def _label(runs: Sequence[RunData]) -> str:
-    if len(runs) == 1:
-        return runs[0].name
+def _common_name(runs: Sequence[RunData]) -> str:
     first, last = min(run.name for run in runs), max(run.name for run in runs)
     alike = [a == b for a, b in zip(first, last, strict=False)]
     common = first[: (*alike, False).index(False)].rstrip("-_ ./0123456789")
-    common = common.removesuffix("seed").rstrip("-_ ./") or runs[0].method
-    return f"{common} ({len(runs)} seeds)"
+    return common.removesuffix("seed").rstrip("-_ ./") or runs[0].method

@@ -112,14 +112,37 @@ class RunData:
         return sorted((s for s in self.prior if s.task == task), key=lambda s: s.generation)
 
     @property
+    def seed(self) -> int | None:
+        """What runs of one family differ in."""
+        settings = self.config["settings"]
+        found = (settings.get("strategy") or settings).get("seed")
+        return None if found is None else int(found)
+
+    @property
+    def conditions(self) -> Record:
+        """What decides a result beside model, task and settings: the anchor of decay (None without
+        decay), the engine, the kind of device, the prior tasks and how they are asked."""
+        flags = self.config.get("arguments") or {}
+        decay = (self.config["settings"].get("strategy") or {}).get("decay")
+        prior = self.config.get("prior") or {}
+        return {
+            "anchor": (flags.get("anchor_model") or self.config.get("model")) if decay else None,
+            "engine": flags.get("engine"),
+            "device": str(self.config.get("device")).partition(":")[0],
+            "prior": prior if prior.get("tasks") else None,
+        }
+
+    @property
     def family(self) -> str:
         """Equal for runs that differ in their seed alone."""
-        settings = json.loads(json.dumps(self.config["settings"]))
-        for place in (settings, settings.get("strategy", {}), settings.get("sampling", {})):
-            place.pop("seed", None)
-        names = ("method", "model", "dtype", "task")
+        names = ("method", "model", "dtype", "task", "settings")
         kept = {name: self.config.get(name) for name in names}
-        return json.dumps([kept, settings], sort_keys=True)
+        kept = json.loads(json.dumps({**kept, **self.conditions}))
+        settings = kept["settings"]
+        for place in (settings, settings.get("strategy"), settings.get("sampling"), kept["prior"]):
+            if place:
+                place.pop("seed", None)
+        return json.dumps(kept, sort_keys=True)
 
 
 def read_runs(paths: Sequence[str], names: Sequence[str] | None = None) -> list[RunData]:
@@ -181,10 +204,15 @@ def with_subjects(
     runs: Sequence[RunData], subjects: Sequence[Subject]
 ) -> tuple[list[RunData], list[Subject]]:
     """The runs with what further diagnostics say of them, and what is of none of them."""
-    known = [(s, next((r for r in runs if is_of(s, r.path, r.journal)), None)) for s in subjects]
-    own = {run.name: Subject(run.name, s.record, s.file) for s, run in known if run is not None}
-    filled = [replace(run, subject=own.get(run.name, run.subject)) for run in runs]
-    return filled, [subject for subject, run in known if run is None]
+    filled, used = [], set()
+    for run in runs:
+        found = [s for s in subjects if is_of(s, run.path, run.journal)]
+        used |= {id(subject) for subject in found}
+        if found:  # runs of one seed have one check value: its own folder's is the better
+            best = ([s for s in found if _lies_in(s, run.path)] or found)[-1]
+            run = replace(run, subject=Subject(run.name, best.record, best.file))
+        filled.append(run)
+    return filled, [subject for subject in subjects if id(subject) not in used]
 
 
 def _own_subject(folder: Path, name: str, journal: Journal | None) -> Subject | None:
@@ -203,6 +231,10 @@ def is_of(subject: Subject, folder: Path, journal: Journal | None) -> bool:
     chain = subject.record.get("chain")
     if chain is not None and journal is not None:
         return chain in (journal.chains[-1].hex(), journal.chain_at(len(journal.generations)))
+    return _lies_in(subject, folder)
+
+
+def _lies_in(subject: Subject, folder: Path) -> bool:
     source, run = Path(str(subject.record["source"])).resolve(), folder.resolve()
     return source == run or run in source.parents
 

@@ -53,11 +53,9 @@ def target(report: ReportData, pictures: Pictures) -> Section:
                 whole_generations(axes)
             legend_below(figure)
 
-        bands = (
-            "Lines: mean over seeds; bands: their range; a group of one run has the band below."
-            if report.seeds
-            else "Bands: left, 95 % intervals over the held-out prompts; right, a standard "
-            "deviation over the population (of GRPO, within a group)."
+        bands = report.bands(
+            "left, 95 % intervals over the held-out prompts; right, a standard deviation over the "
+            "population (of GRPO, within a group)"
         )
         section.parts.append(
             pictures.add(
