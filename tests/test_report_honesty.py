@@ -16,6 +16,7 @@ from esfast import AnchoredDecay
 from esfast.html_report import read_runs
 from esfast.html_report.report_data import Points, ReportData
 from esfast.journal import read_journal
+from esfast.prior.scores import Estimate, PriorScore
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -72,7 +73,7 @@ def test_a_killed_run_has_no_score_before(tmp_path: Path) -> None:
     model's."""
     words = words_of(stopped(run_folder(tmp_path / "run"), 2))
     assert "run ES 2 of 3 0.500 [0.450, 0.550] -0.500" in words  # final, no before, no rise
-    assert "-0.500 [-0.500, -0.500] capitals at generation 1" in words
+    assert "-0.500 [-0.500, -0.500] capitals, worst of 2 at generation 1" in words
     assert "the held-out score before training. It comes with esfast train --resume" in words
 
 
@@ -178,3 +179,21 @@ def test_curves_are_of_the_runs_that_ended(tmp_path: Path) -> None:
         lambda run: Points([r["generation"] for r in run.rows], [1.0 for _ in run.rows])
     )
     assert list(series.x) == [1, 2, 3]
+
+
+def test_the_largest_fall_over_seeds_is_of_one_task(tmp_path: Path) -> None:
+    """Tasks that fall in one seed and rise in the other have not fallen."""
+    changes = {1: {"a": -0.2, "b": 0.1, "c": -0.11}, 2: {"a": 0.2, "b": -0.1, "c": -0.09}}
+    runs = []
+    for seed, found in changes.items():
+        runs.append(run_folder(tmp_path / f"es-{seed}", seed=seed))
+        scores = [
+            PriorScore(at, task, task, "score", 10, Estimate.of([0.5 + change * (at > 0)] * 10))
+            for task, change in found.items()
+            for at in (0, DONE)
+        ]
+        write_lines(runs[-1] / "prior.jsonl", [score.record() for score in scores])
+    words = words_of(*runs)
+    assert "-0.100 [-0.227, +0.027] c, worst of 3" in words
+    assert "worst of 3 tasks, picked after looking, so that its interval does not cover" in words
+    assert "-0.200 [-0.200, -0.200] a, worst of 3" in words  # of the first seed alone

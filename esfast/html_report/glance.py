@@ -21,11 +21,12 @@ from esfast.html_report.page import (
 )
 from esfast.html_report.report_data import ReportData
 from esfast.html_report.run_data import RunData
-from esfast.html_report.seeds import changes, seeds_parts
+from esfast.html_report.seeds import changes, picked, seeds_parts, worst_of
 
 CAPTION = (
     "Scores with 95 % intervals over the held-out prompts; rises also in standard errors (s.e.) of "
     "the paired difference; falls of prior tasks paired over their prompts, final against before. "
+    "{picked}"
     "Failed rewards: answers of training that could not be scored; below, those of held-out "
     "prompts and prior tasks. Each counts with its task's failure reward."
 )
@@ -43,7 +44,7 @@ def glance(report: ReportData) -> Section:
         table(
             head,
             [_glance_row(report, run) for run in report.runs],
-            CAPTION,
+            CAPTION.format(picked=picked(report)),
         )
     )
     section.parts += seeds_parts(report)
@@ -117,5 +118,6 @@ def _largest_fall(run: RunData) -> Html | str:
     if not found:
         return DASH
     worst = max(found, key=lambda change: change.fall)
-    shown = over(score(worst.value, worst.interval, sign=True), worst.task)
+    named = worst_of(worst.task, len(found))
+    shown = over(score(worst.value, worst.interval, sign=True), named)
     return at_end(unscored(shown, worst.failed), worst.at, run.generations)

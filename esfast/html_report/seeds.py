@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from esfast.html_report.page import (
     DASH,
     Html,
@@ -44,11 +46,6 @@ class Change:
     fall: float
     at: int
     failed: int
-
-    @property
-    def found(self) -> Found:
-        """To be averaged."""
-        return Found(self.at, self.value, self.failed)
 
 
 def changes(run: RunData) -> list[Change]:
@@ -90,8 +87,21 @@ def _seeds_table(report: ReportData) -> Html:
     ]
     head = ("runs that differ in their seed", "seeds", "target final", "rise",
             "largest fall of a prior task", "norm of the change")  # fmt: skip
-    return table(head, rows, "Means over seeds with Student's 95 % intervals; with three seeds "
-                 "the interval is 4.3 standard errors wide to each side.")  # fmt: skip
+    said = ("Means over seeds with Student's 95 % intervals; with three seeds the interval is 4.3 "
+            "standard errors wide to each side. The largest fall is of the task whose mean fell "
+            "most. ")  # fmt: skip
+    return table(head, rows, said + picked(report))
+
+
+def picked(report: ReportData) -> str:
+    """What a caption says of the interval of a largest fall."""
+    count = max((len(changes(run)) for run in report.runs), default=0)
+    if count < 2:
+        return ""
+    return (
+        f"It is the worst of {count} tasks, picked after looking, so that its interval does not "
+        "cover 95 %. "
+    )
 
 
 def _finals(group: Group) -> list[Found]:
@@ -117,12 +127,22 @@ def _norms(group: Group) -> list[Found]:
 
 
 def _largest_fall(group: Group) -> Html | str:
-    falls = [found[0] for run in group.averaged if (found := _falls(run))]
-    return _at_last(falls, group, sign=True)
+    """Of the task whose mean over the seeds fell most: the seeds' own largest falls are of other
+    tasks each, and their mean is below zero where nothing fell."""
+    tasks: dict[str, list[Change]] = {}
+    for run in group.averaged:
+        for change in changes(run):
+            tasks.setdefault(change.task, []).append(change)
+    if not tasks:
+        return DASH
+    worst = max(tasks, key=lambda task: float(np.mean([change.fall for change in tasks[task]])))
+    found = [Found(change.at, change.value, change.failed) for change in tasks[worst]]
+    return over(_at_last(found, group, sign=True), worst_of(worst, len(tasks)))
 
 
-def _falls(run: RunData) -> list[Found]:
-    return [change.found for change in sorted(changes(run), key=lambda change: -change.fall)]
+def worst_of(task: str, count: int) -> str:
+    """A task's name, and of how many it was picked."""
+    return task if count == 1 else f"{task}, worst of {count}"
 
 
 def _at_last(found: list[Found], group: Group, sign: bool = False, digits: int = 0) -> Html | str:
