@@ -14,17 +14,20 @@ from esfast.html_report.change import no_diagnostics
 from esfast.html_report.drawing import Theme, grid_of, legend_below, plain, whole_generations
 from esfast.html_report.page import DASH, Html, Missing, Section, number, table
 from esfast.html_report.pictures import Pictures
-from esfast.html_report.report_data import ReportData, strategy_of, swatch
+from esfast.html_report.report_data import Group, ReportData, strategy_of, swatch
 from esfast.html_report.run_data import RunData, Subject
+
+Norms = Mapping[str, np.ndarray]
+"""What a run's coefficients imply, by its name; generation 0 first."""
 
 
 def law(report: ReportData, pictures: Pictures) -> Section:
     """Measured norms beside those that the journal's coefficients imply, and the closed forms."""
     section = Section("law", "How far the weights went, and the law of it")
-    lawful = [run for run in report.runs if run.journal and _law(run) is not None]
-    if lawful or report.subjects:
-        section.parts.append(_law_picture(report, pictures))
-        section.parts.append(_law_table(report))
+    norms = {run.name: found for run in report.runs if (found := _law(run)) is not None}
+    if norms or report.subjects:
+        section.parts.append(_law_picture(report, norms, pictures))
+        section.parts.append(_law_table(report, norms))
     section.missing += no_diagnostics(report, "measured norms")
     section.missing += [
         Missing(run.name, "the law (no journal: it is of evolution strategies)", None)
@@ -49,14 +52,11 @@ def _law(run: RunData) -> np.ndarray | None:
         return None
 
 
-def _law_picture(report: ReportData, pictures: Pictures) -> Html:
+def _law_picture(report: ReportData, norms: Norms, pictures: Pictures) -> Html:
     def draw(figure: Any, theme: Theme) -> None:
         (axes,) = grid_of(figure, 1, 1)
         for group in report.groups:
-            norms = _law(group.runs[0])
-            if norms is not None:
-                axes.plot(range(len(norms)), norms, "--", color=theme.colour(group.number),
-                          linewidth=1, label=plain(f"{group.label}, law"))  # fmt: skip
+            _law_lines(axes, theme, group, norms)
         for index, label, members in report.subject_groups:
             _norm_points(axes, theme, index, label, members)
         axes.set(xlabel="generation", ylabel="L2 norm of the change", ylim=(0, None))
@@ -71,6 +71,16 @@ def _law_picture(report: ReportData, pictures: Pictures) -> Html:
         "Where they agree, nearly all of the distance is noise, and little of it direction. "
         "Stochastic rounding of 16-bit weights adds to the measured norm, not to the law.",
     )  # fmt: skip
+
+
+def _law_lines(axes: Any, theme: Theme, group: Group, norms: Norms) -> None:
+    """A line a run: the seeds' coefficients differ, and so do their lengths."""
+    said: str | None = plain(f"{group.label}, law")
+    for run in group.runs:
+        if run.name in norms:
+            axes.plot(range(len(norms[run.name])), norms[run.name], "--", linewidth=1,
+                      color=theme.colour(group.number), label=said)  # fmt: skip
+            said = None
 
 
 def _norm_points(
@@ -89,10 +99,10 @@ def _norm_points(
         named = named or bool(points)
 
 
-def _law_table(report: ReportData) -> Html:
+def _law_table(report: ReportData, norms: Norms) -> Html:
     head = ("run", "α", "N", "λ", "T", "d", "norm measured", "law, own coefficients",
             "measured / law", "α √(T d / N)", "plateau", "time constant")  # fmt: skip
-    rows = [_law_row(report, run) for run in report.runs]
+    rows = [_law_row(report, run, norms.get(run.name)) for run in report.runs]
     rows += [_extra_row(index, extra) for index, extra in _extras(report)]
     said = (
         "Norms in units of the weights; d weights, T generations. Plateau and time constant: l2 "
@@ -105,7 +115,7 @@ def _extras(report: ReportData) -> list[tuple[int, Subject]]:
     return [(n, s) for n, s in report.subjects if s in report.extras]
 
 
-def _law_row(report: ReportData, run: RunData) -> Sequence[object]:
+def _law_row(report: ReportData, run: RunData, norms: np.ndarray | None) -> Sequence[object]:
     last = run.subject.last if run.subject else None
     measured = last["whole"]["norm"] if last else None
     strategy = strategy_of(run.config)
@@ -115,7 +125,6 @@ def _law_row(report: ReportData, run: RunData) -> Sequence[object]:
     decay, elements = strategy.get("decay"), _elements(run)
     done = len(run.journal.generations)
     at = done if last is None or last["generation"] is None else int(last["generation"])
-    norms = _law(run)
     expected = None if norms is None or at >= len(norms) else float(norms[at])
     weight = float(decay["weight"]) if isinstance(decay, Mapping) else 0.0
     kind = decay["kind"] if isinstance(decay, Mapping) and weight else None
