@@ -27,7 +27,6 @@ from esfast.forgetting.laws import (
     rounding_variance,
     stochastic_rounding_norm,
 )
-from esfast.html_report import law as law_section
 from esfast.journal import read_journal
 from esfast.replay import keep_journal
 
@@ -164,13 +163,6 @@ def test_a_journal_of_l1_decay_tells_its_norm(tmp_path: Path) -> None:
         law = norms_of_coefficients(read_journal(tmp_path / f"{ratio}.esj").generations, WIDE)
         assert law.shape == (13,) and law[0] == 0.0
         assert np.allclose(law[1:], seen[1:], rtol=0.02 if ratio == 0.5 else 0.08)
-
-
-def test_the_report_shows_the_decays_own_plateau() -> None:
-    expected = l1_plateau_norm(ALPHA, 0.02, MEMBERS, WIDE), l1_time_constant(0.02, MEMBERS)
-    assert law_section._rest("l1", ALPHA, 0.02, MEMBERS, WIDE) == expected
-    assert law_section._rest("l2", ALPHA, 0.02, MEMBERS, WIDE) != expected
-    assert law_section._rest(None, ALPHA, 0.0, MEMBERS, WIDE) == (None, None)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf])

@@ -3,17 +3,29 @@ no law."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 from report_runs import run_folder
 
 from esfast import AnchoredDecay
+from esfast.forgetting.laws import (
+    l1_norm,
+    l1_plateau_norm,
+    l1_time_constant,
+    l2_norm,
+    l2_plateau_norm,
+    time_constant,
+)
 from esfast.html_report import read_runs
 from esfast.html_report.drawing import LIGHT
-from esfast.html_report.law import _law, _law_lines
+from esfast.html_report.law import _law, _law_lines, _rest
 from esfast.html_report.report_data import ReportData
+
+Law = Callable[[float, float, int, int], float]
 
 
 def test_every_run_has_a_line_of_its_own_law(tmp_path: Path) -> None:
@@ -34,3 +46,26 @@ def test_every_run_has_a_line_of_its_own_law(tmp_path: Path) -> None:
     for shown, run in zip(drawn, report.runs, strict=True):
         np.testing.assert_array_equal(shown, norms[run.name])
     assert len(axes.get_legend_handles_labels()[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "exact", "constant", "weak"),
+    [
+        ("l1", 0.02, l1_norm, l1_time_constant(0.02, 8), l1_plateau_norm),
+        ("l1", 1.0, l1_norm, l1_time_constant(1.0, 8), l1_plateau_norm),
+        ("l2", 10.0, l2_norm, time_constant(5e-4, 10.0), l2_plateau_norm),
+        ("l2", 1000.0, l2_norm, time_constant(5e-4, 1000.0), l2_plateau_norm),
+    ],
+)
+def test_the_plateau_is_the_decays_own_at_any_strength(
+    kind: str, weight: float, exact: Law, constant: float, weak: Law
+) -> None:
+    plateau, time = _rest(kind, 5e-4, weight, 8, 30_000)
+    assert plateau == exact(5e-4, weight, 8, 30_000) and time == constant
+    assert plateau is not None and plateau < weak(5e-4, weight, 8, 30_000)
+    if weight >= 1000:  # half of the change is taken back every generation
+        assert plateau == pytest.approx(0.577 * weak(5e-4, weight, 8, 30_000), rel=1e-3)
+
+
+def test_without_decay_there_is_no_plateau() -> None:
+    assert _rest(None, 5e-4, 0.0, 8, 30_000) == (None, None)

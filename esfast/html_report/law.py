@@ -105,8 +105,9 @@ def _law_table(report: ReportData, norms: Norms) -> Html:
     rows = [_law_row(report, run, norms.get(run.name)) for run in report.runs]
     rows += [_extra_row(index, extra) for index, extra in _extras(report)]
     said = (
-        "Norms in units of the weights; d weights, T generations. Plateau and time constant: l2 "
-        "√(α d / 2 λ N) and 1 / (α λ), l1 √(d / 2) α / (λ N) and 2 / (λ² N), for weak decay."
+        "Norms in units of the weights; d weights, T generations. Plateau: where decay of this "
+        "strength holds noise; under weak l2 √(α d / 2 λ N), under weak l1 √(d / 2) α / (λ N). "
+        "Time constant, for weak decay: l2 1 / (α λ), l1 2 / (λ² N)."
     )
     return table(head, rows, said)
 
@@ -141,13 +142,13 @@ def _law_row(report: ReportData, run: RunData, norms: np.ndarray | None) -> Sequ
 def _rest(
     kind: str | None, alpha: float, weight: float, members: int, elements: int
 ) -> tuple[float, float] | tuple[None, None]:
-    """What decay holds noise to, and how many generations it takes."""
+    """What decay of any strength holds noise to, and how many generations it takes."""
     if kind is None:
         return None, None
     if kind == "l1":
-        norm = laws.l1_plateau_norm(alpha, weight, members, elements)
+        norm = laws.l1_norm(alpha, weight, members, elements)
         return norm, laws.l1_time_constant(weight, members)
-    norm = laws.l2_plateau_norm(alpha, weight, members, elements)
+    norm = laws.l2_norm(alpha, weight, members, elements)
     return norm, laws.time_constant(alpha, weight)
 
 
