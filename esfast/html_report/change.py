@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,17 +42,25 @@ def no_diagnostics(report: ReportData, what: str) -> list[Missing]:
     ]
 
 
-def forgetting_command(run: RunData) -> str:
-    """What measures this run, and puts it where the report looks."""
-    source = run.path / "model" if run.method == "GRPO" else run.path
-    return " ".join(
-        ["esfast forgetting", shlex.quote(str(source)), "--base", _base(run), "--output",
-         shlex.quote(str(run.path / DIAGNOSTICS.parent))]
+def forgetting_command(run: RunData, *flags: str) -> str:
+    """What measures this run, and puts it where the report looks.
+
+    The run's folder is given, by GRPO too: its config.json says which prompts are the target's.
+    A folder that holds a diagnosis is refused: the new one goes beside it, and the report is told.
+    """
+    own = run.path / DIAGNOSTICS.parent
+    beside = (own.with_name(f"{own.name}-{number}") for number in count(2))
+    output = next(folder for folder in chain((own,), beside) if _is_free(folder))
+    command = shlex.join(
+        ["esfast", "forgetting", str(run.path), "--base", str(run.config.get("model", "MODEL")),
+         "--output", str(output), *flags]
     )  # fmt: skip
+    told = shlex.join(["--forgetting", str(output)])
+    return command if output == own else f"{command} && esfast report ... {told}"
 
 
-def _base(run: RunData) -> str:
-    return shlex.quote(str(run.config.get("model", "MODEL")))
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 # --- where ---------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def kl(report: ReportData, pictures: Pictures) -> Section:
             section.parts.append(_course_picture(report, pictures, panels))
         section.parts.append(_kl_table(measured))
     section.missing += [
-        Missing(run.name, "KL divergence", f"{forgetting_command(run)} --kl")
+        Missing(run.name, "KL divergence", forgetting_command(run))
         for run in report.runs
         if run.subject is None or not run.subject.record["kl"]
     ]
@@ -180,7 +180,7 @@ def equal_norm(report: ReportData) -> Section:
     if not section.parts:
         section.missing += [
             Missing(
-                run.name, "equal-norm controls", f"{forgetting_command(run)} --equal-norm whole"
+                run.name, "equal-norm controls", forgetting_command(run, "--equal-norm", "whole")
             )
             for run in report.runs[:1]
         ]

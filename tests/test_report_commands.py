@@ -1,0 +1,43 @@
+"""What `esfast report` says would add what is missing: the commands run, where they are told to."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from report_page import words_of
+from report_runs import run_folder, write
+
+from esfast.cli import build_parser
+from esfast.html_report.change import forgetting_command
+from esfast.html_report.run_data import read_run
+from esfast.run_folder import require_free
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_a_further_diagnosis_goes_beside_the_one_that_is_there(tmp_path: Path, method: str) -> None:
+    run = run_folder(tmp_path / "run", method=method)
+    file = run / "forgetting" / "forgetting.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found["subjects"][0]["kl"], found["equal_norm"] = [], None
+    write(file, found)
+    words = words_of(run)
+    said = re.findall(r"(esfast forgetting .*?) && esfast report \.\.\. --forgetting (\S+)", words)
+    assert len(said) == 2  # KL, equal norm
+    for command, folder in said:
+        arguments = shlex.split(command)
+        assert arguments[:3] == ["esfast", "forgetting", str(run)]
+        assert arguments[arguments.index("--output") + 1] == folder == str(run / "forgetting-2")
+        require_free(Path(folder))
+        build_parser().parse_args(arguments[1:])
+
+
+def test_a_second_one_goes_beside_both(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    write(run / "forgetting-2" / "forgetting.json", {})
+    assert f"--output {run / 'forgetting-3'} " in forgetting_command(read_run(run, "run"))
