@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,23 @@ def test_a_second_one_goes_beside_both(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     write(run / "forgetting-2" / "forgetting.json", {})
     assert f"--output {run / 'forgetting-3'} " in forgetting_command(read_run(run, "run"))
+
+
+@pytest.mark.parametrize("spelled", ["--output compared", "--out=./compared"])
+def test_a_grpo_run_is_known_wherever_the_report_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    """Its source is relative to the folder that the diagnosis was made in, as its --output is."""
+    run = run_folder(tmp_path / "study" / "runs" / "grpo", method="grpo")
+    found = json.loads((run / "forgetting" / "forgetting.json").read_text(encoding="utf-8"))
+    shutil.rmtree(run / "forgetting")
+    found["subjects"][0]["source"] = "runs/grpo/model"
+    found["made"] = {"command": f"esfast forgetting runs/grpo/model --base tiny {spelled} --at 3"}
+    write(tmp_path / "study" / "compared" / "forgetting.json", found)
+    elsewhere = tmp_path / "elsewhere"
+    run_folder(elsewhere / "runs" / "grpo", method="grpo")  # of the same path, and not the one
+    monkeypatch.chdir(elsewhere)
+    shutil.rmtree(elsewhere / "runs" / "grpo" / "forgetting")
+    told = ("--forgetting", "../study/compared")
+    assert "measured norms" not in words_of(Path("../study/runs/grpo"), flags=told)
+    assert "grpo: measured norms" in words_of(Path("runs/grpo"), flags=told)

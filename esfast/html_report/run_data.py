@@ -6,7 +6,9 @@ computed here that a file does not say.
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,11 +32,13 @@ NEEDED = ("generation", "reward_mean", "reward_spread", "total_seconds")  # of m
 @dataclass(frozen=True)
 class Subject:
     """A run or checkpoint that `esfast forgetting` measured: `record` is its SUBJECT, `file` the
-    whole forgetting.json that it stands in (esfast/forgetting/__init__.py)."""
+    whole forgetting.json that it stands in (esfast/forgetting/__init__.py), `source` where it lies.
+    """
 
     name: str
     record: Mapping[str, Any]
     file: Mapping[str, Any]
+    source: Path
 
     @property
     def last(self) -> Mapping[str, Any] | None:
@@ -197,7 +201,24 @@ def read_subjects(path: str | Path) -> list[Subject]:
             f"'{file}' is {content.get('format')!r} version {content.get('version')!r}; expected "
             f"{FORMAT!r} version {VERSION}, as esfast forgetting writes it."
         )
-    return [Subject(str(subject["name"]), subject, content) for subject in content["subjects"]]
+    made_from = _made_from(file.resolve().parent, content)
+    return [
+        Subject(str(s["name"]), s, content, made_from / Path(str(s["source"])).expanduser())
+        for s in content["subjects"]
+    ]
+
+
+def _made_from(folder: Path, content: Mapping[str, Any]) -> Path:
+    """The folder that a diagnosis was made in: its sources are relative to that, and so is its
+    --output, which is `folder`. Where that does not tell, the current one."""
+    parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--output", default="/")
+    words = shlex.split(str((content.get("made") or {}).get("command", "")))
+    output = Path(parser.parse_known_args(words)[0].output)
+    kept = len(folder.parts) - len(output.parts)
+    if output.is_absolute() or folder.parts[max(kept, 0) :] != output.parts:
+        return Path.cwd()
+    return Path(*folder.parts[:kept])
 
 
 def with_subjects(
@@ -210,7 +231,7 @@ def with_subjects(
         used |= {id(subject) for subject in found}
         if found:  # runs of one seed have one check value: its own folder's is the better
             best = ([s for s in found if _lies_in(s, run.path)] or found)[-1]
-            run = replace(run, subject=Subject(run.name, best.record, best.file))
+            run = replace(run, subject=replace(best, name=run.name))
         filled.append(run)
     return filled, [subject for subject in subjects if id(subject) not in used]
 
@@ -223,7 +244,7 @@ def _own_subject(folder: Path, name: str, journal: Journal | None) -> Subject | 
     own = [s for s in subjects if is_of(s, folder, journal)] or (
         subjects if len(subjects) == 1 else []
     )
-    return Subject(name, own[0].record, own[0].file) if own else None
+    return replace(own[0], name=name) if own else None
 
 
 def is_of(subject: Subject, folder: Path, journal: Journal | None) -> bool:
@@ -235,7 +256,7 @@ def is_of(subject: Subject, folder: Path, journal: Journal | None) -> bool:
 
 
 def _lies_in(subject: Subject, folder: Path) -> bool:
-    source, run = Path(str(subject.record["source"])).resolve(), folder.resolve()
+    source, run = subject.source.resolve(), folder.resolve()
     return source == run or run in source.parents
 
 
