@@ -4,11 +4,14 @@ no law."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from report_page import Page
 from report_runs import run_folder
 
 from esfast import AnchoredDecay
@@ -22,8 +25,10 @@ from esfast.forgetting.laws import (
 )
 from esfast.html_report import read_runs
 from esfast.html_report.drawing import LIGHT
-from esfast.html_report.law import _law, _law_lines, _rest
+from esfast.html_report.law import _law, _law_lines, _rest, law
+from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import ReportData
+from esfast.html_report.run_data import read_run
 
 Law = Callable[[float, float, int, int], float]
 
@@ -69,3 +74,28 @@ def test_the_plateau_is_the_decays_own_at_any_strength(
 
 def test_without_decay_there_is_no_plateau() -> None:
     assert _rest(None, 5e-4, 0.0, 8, 30_000) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("checksum", "arguments", "elsewhere"),
+    [
+        (None, {}, False),
+        ("0" * 16, {"arguments": {"anchor_model": "other"}}, True),
+        ("0" * 16, {}, True),  # of an earlier esfast, which does not name it
+        ("0" * 16, {"arguments": {"anchor_model": None}}, False),  # a wider file of the start
+        ("0" * 16, {"arguments": {"anchor_model": "tiny"}}, False),
+    ],
+)
+def test_decay_to_another_anchor_has_no_law(
+    tmp_path: Path, checksum: str | None, arguments: dict[str, Any], elsewhere: bool, undrawn: None
+) -> None:
+    run = read_run(run_folder(tmp_path / "run", decay=AnchoredDecay("l2", 10.0)), "run")
+    assert run.journal is not None
+    header = run.journal.header
+    anchored = replace(header, anchor_checksum=checksum or header.anchor_checksum)
+    journal = replace(run.journal, header=anchored)
+    run = replace(run, journal=journal, config={**run.config, **arguments})
+    words = Page(law(ReportData((run,)), Pictures("")).html()).text
+    assert ("the law and its plateau (decay pulls to another anchor" in words) == elsewhere
+    assert ("law, own coefficients" in words) != elsewhere  # columns of dashes are left out
+    assert ("plateau time constant" in words) != elsewhere

@@ -34,6 +34,12 @@ def law(report: ReportData, pictures: Pictures) -> Section:
         for run in report.runs
         if run.journal is None
     ]
+    section.missing += [
+        Missing(run.name, "the law and its plateau (decay pulls to another anchor than the weights "
+                "that it started from, and the law is of noise about those)", None)
+        for run in report.runs
+        if pulled_elsewhere(run)
+    ]  # fmt: skip
     return section
 
 
@@ -44,12 +50,26 @@ def _elements(run: RunData) -> int:
 
 def _law(run: RunData) -> np.ndarray | None:
     """Norms by generation from the journal's coefficients; None where there is no law."""
-    if run.journal is None:
+    if run.journal is None or pulled_elsewhere(run):
         return None
     try:
         return laws.norms_of_coefficients(run.journal.generations, _elements(run))
     except ConfigError:  # l1 and l2 decay in turn
         return None
+
+
+def pulled_elsewhere(run: RunData) -> bool:
+    """Whether decay's anchor is not what the run started from: no law here is of that.
+
+    Another check value alone does not say so where the run names its anchor: the file that it
+    started from may be of a wider dtype than the weights.
+    """
+    if run.journal is None:
+        return False
+    header, flags = run.journal.header, run.config.get("arguments")
+    if header.anchor_checksum in (None, header.base_checksum):
+        return False
+    return flags is None or flags.get("anchor_model") not in (None, run.config.get("model"))
 
 
 def _law_picture(report: ReportData, norms: Norms, pictures: Pictures) -> Html:
@@ -130,6 +150,7 @@ def _law_row(report: ReportData, run: RunData, norms: np.ndarray | None) -> Sequ
     weight = float(decay["weight"]) if isinstance(decay, Mapping) else 0.0
     kind = decay["kind"] if isinstance(decay, Mapping) and weight else None
     plateau, constant = _rest(kind, alpha, weight, members, elements)
+    plateau = None if pulled_elsewhere(run) else plateau
     return (
         report.named(run), number(alpha, 2), members, number(weight, 3) if decay else DASH, at,
         f"{elements:,}", number(measured, 4), number(expected, 4),
