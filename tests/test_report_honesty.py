@@ -47,9 +47,9 @@ def test_answers_that_could_not_be_scored_stand_beside_their_scores(tmp_path: Pa
     words = words_of(run)
     for shown in (
         "0.600 [0.550, 0.650] 5 not scored",  # the final score, at a glance
-        "7 5 held-out, 12 of prior tasks",  # failed rewards, there too
+        "7 held-out 5 prior tasks 12",  # failed rewards, there too
         "[0.355, 0.445] at 1 12 not scored",  # the worst of capitals
-        "capitals, run: answers that could not be scored: 12 at generation 1, the worst score",
+        "capitals, run: answers that could not be scored: 12 at generation 1 (in worst)",
         "held-out 5 at generation 3; of training 7 at 2 generations from 2 to 3",
         "0.310 [0.260, 0.360] 6 not scored",  # of a control
     ):
@@ -195,5 +195,8 @@ def test_the_largest_fall_over_seeds_is_of_one_task(tmp_path: Path) -> None:
         write_lines(runs[-1] / "prior.jsonl", [score.record() for score in scores])
     words = words_of(*runs)
     assert "-0.100 [-0.227, +0.027] c, worst of 3" in words
-    assert "worst of 3 tasks, picked after looking, so that its interval does not cover" in words
+    assert (
+        "The largest fall is the worst of 3 tasks, picked after looking: its interval does not"
+        in words
+    )
     assert "-0.200 [-0.200, -0.200] a, worst of 3" in words  # of the first seed alone

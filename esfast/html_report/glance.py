@@ -101,9 +101,10 @@ def _failed(run: RunData) -> str | Html:
     trained = DASH if run.failed_rewards is None else f"{run.failed_rewards:,}"
     held_out = sum(record.get("failed_rewards", 0) for record in run.held_out)
     prior = sum(score.failed for score in run.prior)
-    counts = ((held_out, "held-out"), (prior, "of prior tasks"))
-    apart = ", ".join(f"{count:,} {what}" for count, what in counts if count)
-    return over(trained, apart) if apart else trained
+    shown: str | Html = trained
+    for count, what in ((held_out, "held-out"), (prior, "prior tasks")):
+        shown = over(shown, f"{what} {count:,}") if count else shown
+    return shown
 
 
 def _norm(run: RunData) -> str | Html:

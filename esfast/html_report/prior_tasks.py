@@ -116,9 +116,9 @@ def _outage(run: RunData, task: str) -> str | None:
     read = {when: {part[f"{when}_generation"] for part in parts}
             for when in ("before", "worst", "final")}  # fmt: skip
     hit = [when for when, there in read.items() if there & failed.keys()]
-    where = f"the {' and the '.join(hit)} score among them" if hit else "none of them below"
+    where = f" (in {', '.join(hit)})" if hit else ""
     return (
-        f"{task}, {run.name}: answers that could not be scored: {at_generations(failed)}, {where}. "
+        f"{task}, {run.name}: answers that could not be scored: {at_generations(failed)}{where}. "
         "They count with the failure reward, so that a fall there may be the grader's; intervals "
         "do not know of it."
     )

@@ -88,8 +88,8 @@ def _seeds_table(report: ReportData) -> Html:
     head = ("runs that differ in their seed", "seeds", "target final", "rise",
             "largest fall of a prior task", "norm of the change")  # fmt: skip
     said = ("Means over seeds with Student's 95 % intervals; with three seeds the interval is 4.3 "
-            "standard errors wide to each side. The largest fall is of the task whose mean fell "
-            "most. ")  # fmt: skip
+            "standard errors wide to each side. A fall is one task's, averaged over the "
+            "seeds. ")  # fmt: skip
     return table(head, rows, said + picked(report))
 
 
@@ -99,8 +99,8 @@ def picked(report: ReportData) -> str:
     if count < 2:
         return ""
     return (
-        f"It is the worst of {count} tasks, picked after looking, so that its interval does not "
-        "cover 95 %. "
+        f"The largest fall is the worst of {count} tasks, picked after looking: its interval does "
+        "not cover 95 %. "
     )
 
 
