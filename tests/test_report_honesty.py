@@ -179,6 +179,8 @@ def test_curves_are_of_the_runs_that_ended(tmp_path: Path) -> None:
         lambda run: Points([r["generation"] for r in run.rows], [1.0 for _ in run.rows])
     )
     assert list(series.x) == [1, 2, 3]
+    ((number, _, members),) = report.subject_groups
+    assert [s.name for s in report.averaged(number, members)] == ["es-1", "es-2"]
 
 
 def test_the_largest_fall_over_seeds_is_of_one_task(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 
     run_data.py      what run folders and forgetting.json hold
     report_data.py   runs in groups that differ in their seed alone, their curves
+    seeds.py         means over the seeds of a group
     page.py style.py HTML, everything from outside escaped; the look
     drawing.py pictures.py                    figures, light and dark
     glance.py account.py training.py prior_tasks.py sequence.py law.py change.py divergence.py
