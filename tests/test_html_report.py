@@ -30,6 +30,7 @@ from esfast.continual import plan, results
 from esfast.html_report.drawing import DARK, LIGHT
 from esfast.html_report.page import flat, large, number, percent, score, seconds, table, text
 from esfast.html_report.report_data import student
+from esfast.html_report.sequence import _label
 from esfast.journal import read_journal
 from esfast.prior.scores import Estimate, PriorScore
 
@@ -183,6 +184,11 @@ def test_a_sequence_is_its_stages_and_what_became_of_each_task(
                   "chain: answers that could not be scored and count with the failure reward: "
                   "stage-2-B 7."):  # fmt: skip
         assert shown in page.text, shown
+
+
+def test_a_task_of_two_stages_has_two_names_in_the_legend() -> None:
+    tasks = [{"task": name, "own_stage": stage} for name, stage in (("A", 1), ("B", 2), ("A", 3))]
+    assert [_label(task, tasks) for task in tasks] == ["A (stage 1)", "B", "A (stage 3)"]
 
 
 def test_a_checkpoint_of_another_diagnosis_stands_beside_the_runs(

@@ -76,10 +76,11 @@ def sequences(chains: Sequence[TaskChain], runs: Sequence[RunData], pictures: Pi
     if section.parts:
         section.parts.append(
             paragraph(
-                "Learned: rise over the task's own stage, from the start of the sequence. Forward "
-                "transfer: what the stages before its own did to it; backward transfer: what those "
-                "after it did; both with paired 95 % intervals. Forgetting: its peak minus its "
-                "final score; a peak is the highest of noisy evaluations and lies above the truth."
+                "Learned: rise over the task's own stage, from the start of the sequence, or of "
+                "that stage where it was trained before. Forward transfer: what the stages before "
+                "its own did to it; backward transfer: what those after it did, up to its next "
+                "training; both with paired 95 % intervals. Forgetting: its peak minus its score "
+                "then; a peak is the highest of noisy evaluations and lies above the truth."
             )
         )
     return section
@@ -108,7 +109,7 @@ def _peaks(
     def draw(figure: Any, theme: Theme) -> None:
         (axes,) = grid_of(figure, 1, 1)
         for index, task in enumerate(tasks):
-            curve(axes, _share(index, task), theme)
+            curve(axes, _share(index, task, _label(task, tasks)), theme)
         for end in _ends(tasks):
             axes.axvline(end, color=theme.soft, linewidth=0.8, linestyle=":")
         axes.axhline(1.0, color=theme.soft, linewidth=0.6)
@@ -124,10 +125,16 @@ def _peaks(
     )  # fmt: skip
 
 
-def _share(index: int, task: Mapping[str, Any]) -> Series:
+def _label(task: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> str:
+    """A task's name, with the stage where it was trained in several."""
+    once = sum(other["task"] == task["task"] for other in tasks) == 1
+    return str(task["task"]) if once else f"{task['task']} (stage {task['own_stage']})"
+
+
+def _share(index: int, task: Mapping[str, Any], label: str) -> Series:
     points = [p for p in task["curve"] if p["of_peak"] is not None]
     return Series(
-        task["task"],
+        label,
         index,
         [p["at"] for p in points],
         [p["of_peak"] for p in points],
