@@ -133,7 +133,7 @@ def test_runs_of_one_check_value_have_one_diagnosis(tmp_path: Path) -> None:
     ("place", "shown"),
     [
         ({"arguments": {"anchor_model": "elsewhere"}}, "anchor tiny elsewhere"),
-        ({"arguments": {"engine": "vllm"}}, "engine – vllm"),
+        ({"arguments": {"engine": "vllm"}}, "engine transformers vllm"),
         ({"device": "cuda:1"}, "device cpu cuda"),
         ({"prior": {"every": 5, "seed": 2, "tasks": [{"source": "sums"}]}}, "prior.tasks – sums"),
     ],
@@ -155,7 +155,10 @@ def test_the_seed_of_prior_tasks_and_the_number_of_a_device_are_no_conditions(
     runs = [run_folder(tmp_path / f"es-{seed}", seed=seed) for seed in (1, 2)]
     for seed, run in enumerate(runs):
         prior = {"every": 5, "seed": seed, "tasks": [{"source": "sums"}]}
-        said = {"device": f"cuda:{seed}", "prior": prior}
+        engine = {
+            "arguments": {"engine": "transformers"} if seed else {}
+        }  # none: an earlier esfast
+        said = {"device": f"cuda:{seed}", "prior": prior, **engine}
         write(run / "config.json", {**content(run / "config.json"), **said})
     assert "es (2 seeds)" in words_of(*runs)
 

@@ -129,9 +129,12 @@ class RunData:
         flags = self.config.get("arguments") or {}
         decay = (self.config["settings"].get("strategy") or {}).get("decay")
         prior = self.config.get("prior") or {}
+        only = (
+            None if self.config.get("method") == "grpo" else "transformers"
+        )  # before there were more
         return {
             "anchor": (flags.get("anchor_model") or self.config.get("model")) if decay else None,
-            "engine": flags.get("engine"),
+            "engine": flags.get("engine") or only,
             "device": str(self.config.get("device")).partition(":")[0],
             "prior": prior if prior.get("tasks") else None,
         }
