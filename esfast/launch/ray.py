@@ -21,7 +21,7 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.fleet import MemberAnswers
 from esfast.errors import EsfastError, StateError
 from esfast.launch.ray_actor import EngineActor, completion_of, packed
-from esfast.launch.ray_cluster import Cluster, Share, last_line
+from esfast.launch.ray_cluster import Cluster, Share, is_death, last_line
 from esfast.launch.ray_weights import RayWeights
 from esfast.measure import GENERATION, PERTURB
 
@@ -104,7 +104,10 @@ class RayFleet:
             cause = error.cause
             if isinstance(cause, EsfastError):
                 raise type(cause)(f"engine {seat.number}: {cause}") from None
-            raise
+            if not is_death(cause):
+                raise
+            self._died(seat, error)
+            return None
         except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError) as error:
             self._died(seat, error)
             return None

@@ -91,3 +91,10 @@ def last_line(error: Exception) -> str:
     """What an actor died of: Ray tells of the actor first, and ends with the reason."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
     return text.splitlines()[-1].strip()[:300]
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether what an actor raised is its engine's end: a backend that lost a process, a device
+    without memory, a broken connection. A mistake in a call would only be made again."""
+    backend = type(error).__module__.partition(".")[0]
+    return isinstance(error, RuntimeError | OSError) or backend in ("vllm", "zmq")
