@@ -1,7 +1,7 @@
 """The command line: `esfast train`, `forgetting`, `replay`, `apply`, `bench`, `info` and others.
 
 What a user can mend (also a file or folder that the system refuses) is one paragraph on standard
-error and exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
+error and exit code 2; Ctrl-C and SIGTERM are 130; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from esfast.continual_command import add_continual_arguments, run_continual
 from esfast.diagnosis import add_forgetting_arguments, run_forgetting
 from esfast.errors import EsfastError
 from esfast.grpo_command import add_grpo_arguments, run_grpo
+from esfast.interrupts import ended_as_interrupted
 from esfast.lasting_output import is_worth_telling, lasting_output
 from esfast.measure import seconds_since_import
 from esfast.replay_command import (
@@ -69,7 +70,8 @@ def _command(argv: list[str] | None) -> int:
         args.started_before = seconds_since_import() if argv is None else 0.0
         args.command_line = ["esfast", *(sys.argv[1:] if argv is None else argv)]
         run: Callable[[argparse.Namespace], int] = args.run
-        return run(args)
+        with ended_as_interrupted():
+            return run(args)
     except EsfastError as error:
         return _say(str(error), MENDABLE)
     except (MemoryError, RuntimeError) as error:

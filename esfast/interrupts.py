@@ -1,13 +1,15 @@
-"""Ctrl-C that does not come between two halves of one change.
+"""Ctrl-C that does not come between two halves of one change, and SIGTERM that does what it does.
 
-Not promised: anything about signals other than SIGINT, or outside the main thread, where Python
-delivers none.
+Not promised: anything about other signals, or outside the main thread, where Python delivers none.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -45,3 +47,27 @@ class Interrupts:
         asked, self.asked = self.asked, False
         if asked:
             self._before(signal.SIGINT, None)
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch systems send before they kill, does once what Ctrl-C does: a run is put
+    away whole, and an engine's processes end with it. A second one, or one where Ctrl-C is ignored,
+    ends the process at once, as SIGTERM does without this."""
+
+    def take(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
