@@ -179,6 +179,27 @@ def test_fifty_members_come_back_to_the_bit(engine: Any, weights: Any) -> None:
     assert changed == 50
 
 
+def test_whatever_restored_the_answers_are_those_of_the_weights(
+    engine: Any, weights: Any, tmp_path: Path
+) -> None:
+    """Opening takes back what is applied, and so do an old handle and questions."""
+    before, base = told(engine), weights.checksum()
+    weights.perturb(Member(5), 0.05)
+    member = told(engine)
+    again = engine.live_weights()
+    assert again.checksum() == base and told(engine) == before
+    again.perturb(Member(5), 0.05)
+    assert told(engine) == member != before
+    for restores in (
+        weights.restore,
+        lambda: again.require_room(0.02),
+        lambda: again._call("check_state", str(tmp_path / "none")),
+    ):
+        again.perturb(Member(5), 0.05)
+        restores()
+        assert again.checksum() == base and told(engine) == before
+
+
 def test_a_prefix_cache_that_is_kept_would_mix_members(
     engine: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,9 +234,9 @@ class VLLMEngine:
         return int(self._llm.llm_engine.model_config.max_model_len)
 
     def _run(self, prompts: Sequence[Any], parameters: Any) -> list[Any]:
-        """vLLM's outputs, with nothing kept of what was generated before."""
-        if self._weights is not None:
-            self._weights.derive()
+        """vLLM's outputs, with nothing kept of what was generated before. The workers know best
+        whether bits were restored since: more than one handle may have edited them."""
+        self._call("derive")
         self._llm.reset_prefix_cache()
         return self._llm.generate(list(prompts), parameters, use_tqdm=False)
 

@@ -59,7 +59,6 @@ class RemoteWeights(LiveWeights):
             TensorSpec(name, tuple(spec["shape"]), spec["dtype"])
             for name, spec in sorted(specs.items())
         )
-        self.stale = False
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Canonical names, shapes and dtypes, sorted by name."""
@@ -67,23 +66,14 @@ class RemoteWeights(LiveWeights):
 
     def perturb(self, member: Member, sigma: float) -> None:
         """One call: restores the applied member, applies this one, makes again what is derived."""
-        self.stale = False
         self._call("perturb", asdict(member), sigma)
 
     def restore(self) -> None:
         """Puts the bits back; what is derived is made again before anything is generated."""
-        self.stale = True
         self._call("restore")
-
-    def derive(self) -> None:
-        """Makes again what vLLM derived from the weights, if they were restored since."""
-        if self.stale:
-            self._call("derive")
-            self.stale = False
 
     def apply(self, update: Update) -> UpdateReport:
         """The same update in every worker; the weights that saturated are counted a shard."""
-        self.stale = False
         saturated = self._call("update", update.record())
         return UpdateReport(-1 if -1 in saturated else sum(saturated))
 
@@ -118,7 +108,6 @@ class RemoteWeights(LiveWeights):
     def write_state(self, path: Path, told: Mapping[str, str]) -> None:
         """A file a worker: `path`, and `path` with the worker's number behind."""
         path.parent.mkdir(exist_ok=True)
-        self.stale = True
         self._call("write_state", str(path.absolute()), dict(told))
 
     def read_state(self, path: Path) -> None:
@@ -130,5 +119,4 @@ class RemoteWeights(LiveWeights):
 
     def save(self, path: Path) -> None:
         """The live weights in one safetensors file of canonical tensors."""
-        self.stale = True
         self._call("save", str(path.absolute()))

@@ -123,7 +123,8 @@ class Shard:
         return None if text is None else int(text, 16)
 
     def room(self, sigma: float, noise: str) -> list[int | None]:
-        """Bytes that members take here, and that are free."""
+        """Bytes that members take here, and that are free; restores first."""
+        self.restore()
         with all_cores():
             needed = self.weights.expected_bytes(sigma, noise)
         return [needed, free_bytes(self.table.device)]
@@ -147,7 +148,8 @@ class Shard:
         self.weights.write_state(self._own(path), {**told, "shards": str(self.size)})
 
     def check_state(self, path: str) -> str | None:
-        """Why a state cannot be taken here, or None; no weight is touched."""
+        """Why a state cannot be taken here, or None; restores, and touches no weight else."""
+        self.restore()  # here, not inside `Weights`: what is derived has to follow
         own = self._own(path)
         try:
             shards = state_file.told(own).get("shards", "1")
