@@ -25,6 +25,7 @@ from esfast import (
     generation_seed,
     member_seed,
 )
+from esfast.engines.vllm_plugin import METHODS
 from esfast.models import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
@@ -37,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model"))
 
 
-def new_llm(folder: Path) -> Any:
+def new_llm(folder: Path, **options: Any) -> Any:
     from vllm import LLM
 
     extension = "esfast.engines.vllm_worker.WorkerExtension"  # the one line of docs/drop_in.md
-    return LLM(str(folder), dtype="bfloat16", worker_extension_cls=extension, **OPTIONS)
+    return LLM(str(folder), dtype="bfloat16", worker_extension_cls=extension, **OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,15 @@ def test_a_script_ends_with_the_weights_of_esfasts_own_loop(llm: Any, plain: Wei
     assert len({reward for one in rewards for reward in one}) > POPULATION
     assert checksum(llm) == own_loop(plain, rewards) != plain.table.names
     assert answers(llm) != before
+
+
+def test_every_method_of_scripts_is_followed() -> None:
+    """Its errors are raised where all replies are read; the prefix cache is emptied after it."""
+    from esfast.engines.vllm_worker import WorkerExtension
+
+    methods = {name for name in vars(WorkerExtension) if not name.startswith("_")} - {"esfast"}
+    assert methods == METHODS
+    assert all(hasattr(vars(WorkerExtension)[name], "__wrapped__") for name in methods)
 
 
 def test_a_scale_that_is_no_number_leaves_the_engine_as_it_was(llm: Any) -> None:
@@ -307,3 +317,29 @@ def test_the_script_in_vllms_own_processes(
         assert checksum(other) == own_loop(plain, rewards)
     finally:
         other.llm_engine.engine_core.shutdown()
+
+
+def test_an_error_of_two_workers_leaves_no_reply_behind(
+    folder: Path, plain: Weights, plugin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's executor stops reading at the first worker that raises; what follows is still right,
+    also after arguments that the method does not have."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    two = new_llm(folder, tensor_parallel_size=2)
+    try:
+        sums = [two.collective_rpc("weights_checksum")]
+        for method, arguments, reason in (
+            ("load_weights_from_disk", ("/no/such",), "there are no weights at /no/such"),
+            ("perturb_self_weights", (None, SIGMA), "a perturbation of seed None"),
+            ("restore_self_weights", (), "missing 2 required positional arguments"),
+        ):
+            with pytest.raises(Exception, match=reason):
+                two.collective_rpc(method, args=arguments)
+            sums.append(two.collective_rpc("weights_checksum"))
+        assert sums == sums[:1] * 4
+        assert two.collective_rpc("perturb_self_weights", args=(5, SIGMA)) == [True, True]
+        changed = two.collective_rpc("weights_checksum")
+        plain.perturb(Member(5), SIGMA)
+        assert f"{sum(int(one, 16) for one in changed) % 2**64:016x}" == plain.checksum()
+    finally:
+        two.llm_engine.engine_core.shutdown()

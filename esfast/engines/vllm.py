@@ -33,7 +33,8 @@ from esfast.engines import prompts as prompting
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.vllm_derived import REFUSE_LATER
 from esfast.engines.vllm_reach import require_reach
-from esfast.engines.vllm_remote import RemoteWeights, answered
+from esfast.engines.vllm_remote import RemoteWeights
+from esfast.engines.vllm_replies import answered
 from esfast.errors import ConfigError, EsfastError, StateError
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer

@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from esfast.engines.vllm_plugin import empties
+from esfast.engines.vllm_plugin import followed
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError
 from esfast.members import Member, generation_seed, whole
@@ -53,11 +53,13 @@ class DropIn:
         self._updates: list[tuple[int, Update]] = []  # numbered; since the engines last agreed
         self._done = 0
         self._group: _Group | None = None
-        if not empties(worker):
+        cached = worker.vllm_config.cache_config.enable_prefix_caching
+        if (cached or shard.size > 1) and not followed(worker):
             raise StateError(
-                "vLLM's prefix cache is on and lies in another process, where nothing empties it "
-                "after an edit; answers would mix two sets of weights. Install esfast with pip, so "
-                "that vLLM finds its plugin, or start vLLM with enable_prefix_caching=False."
+                "vLLM's workers are in processes of their own, and the process that calls them "
+                "does not know esfast: it would keep a prefix cache of other weights, and take one "
+                "call's error for the next one's reply. Install esfast with pip, so that vLLM "
+                "finds its plugin."
             )
         shard.open("lean", False, None)
         self._base = shard.checksum()

@@ -7,13 +7,12 @@ has in any engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from esfast import errors
-from esfast.errors import EsfastError, StateError
+from esfast.errors import EsfastError
 from esfast.journal_format import TensorSpec
 from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member
@@ -21,26 +20,6 @@ from esfast.resources import readable
 from esfast.update import Update, UpdateReport
 
 Call: TypeAlias = Callable[..., list[Any]]
-
-
-def answered(replies: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What the workers' calls returned; their error raised again where one failed.
-
-    StateError where some failed and some did not, since their weights may be apart now.
-    """
-    failed = [reply for reply in replies if "error" in reply]
-    if not failed:
-        return [reply["value"] for reply in replies]
-    kind = getattr(errors, failed[0]["error"], None) or _BUILTIN.get(failed[0]["error"])
-    if len(failed) < len(replies):
-        raise StateError(
-            f"{len(failed)} of {len(replies)} workers failed ({failed[0]['text']}), so their "
-            "weights may be apart. Start the engine again; a run resumes from its journal."
-        )
-    raise (kind or EsfastError)(failed[0]["text"])
-
-
-_BUILTIN: dict[str, type[Exception]] = {"ValueError": ValueError, "MemoryError": MemoryError}
 
 
 class RemoteWeights(LiveWeights):

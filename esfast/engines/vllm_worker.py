@@ -12,18 +12,20 @@ keep what a backend would pack away (`esfast.engines.vllm_derived`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from esfast.engines.vllm_derived import keep_weights
 from esfast.engines.vllm_drop_in import DropIn
-from esfast.engines.vllm_plugin import empty_after_edits
+from esfast.engines.vllm_plugin import follow_calls, followed
+from esfast.engines.vllm_replies import failure
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import EsfastError
 from esfast.strategy import AnchoredDecay
 
 keep_weights()
-empty_after_edits()
+follow_calls()
 
 CALLS = frozenset(
     (
@@ -42,6 +44,25 @@ CALLS = frozenset(
     )
 )
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _script(method: _Method) -> _Method:
+    """A method that scripts call. Among several workers its error is its reply, wrong arguments
+    included: the scheduler's side raises it once all have replied (`esfast.engines.vllm_replies`).
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except Exception as error:
+            if self.vllm_config.parallel_config.world_size == 1 or not followed(self):
+                raise
+            return failure(error)
+
+    return cast(_Method, call)
+
 
 class WorkerExtension:
     """Mixed into vLLM's worker class; vLLM refuses names that the worker has itself."""
@@ -54,8 +75,8 @@ class WorkerExtension:
             if call not in CALLS:
                 raise EsfastError(f"there is no call {call!r}; it is one of {sorted(CALLS)}.")
             return {"value": getattr(self._esfast_shard(), call)(*arguments)}
-        except (EsfastError, ValueError, MemoryError) as error:
-            return {"error": type(error).__name__, "text": str(error)}
+        except Exception as error:
+            return failure(error)
 
     def _esfast_shard(self) -> Shard:
         parts = self.__dict__.setdefault("esfast_parts", {})
@@ -69,6 +90,7 @@ class WorkerExtension:
             parts["drop_in"] = DropIn(self._esfast_shard(), self)
         return parts["drop_in"]
 
+    @_script
     def perturb_self_weights(self, seed: int, noise_scale: float, negate: bool = False) -> bool:
         """weights + noise_scale * noise(seed), minus where `negate`.
 
@@ -78,11 +100,13 @@ class WorkerExtension:
         self._esfast_drop_in().perturb(seed, -noise_scale if negate else noise_scale)
         return True
 
+    @_script
     def restore_self_weights(self, seed: int, sigma: float) -> bool:
         """The bits from before `perturb_self_weights(seed, sigma)`, either sign."""
         self._esfast_drop_in().restore(seed, sigma)
         return True
 
+    @_script
     def update_weights_from_seeds(
         self,
         seeds: Sequence[int],
@@ -104,11 +128,13 @@ class WorkerExtension:
         self._esfast_drop_in().update(seeds, coeffs, scale, decay, float(alpha))
         return True
 
+    @_script
     def save_self_initial_weights(self) -> bool:
         """Notes the weights as they are now, and keeps a copy of them in memory."""
         self._esfast_drop_in().keep_initial()
         return True
 
+    @_script
     def init_inter_engine_group(
         self, master_address: str, master_port: int, rank: int, world_size: int
     ) -> bool:
@@ -116,22 +142,26 @@ class WorkerExtension:
         self._esfast_drop_in().meet(master_address, int(master_port), rank, world_size)
         return True
 
+    @_script
     def broadcast_all_weights(self, src_rank: int) -> bool:
         """Brings every engine to the weights of engine `src_rank`, by scalars alone, and compares
         their checksums; call it on all engines. StateError where they are apart."""
         self._esfast_drop_in().agree(src_rank)
         return True
 
+    @_script
     def save_self_weights_to_disk(self, filepath: str) -> bool:
         """The live weights as a safetensors file of the checkpoint's tensors."""
         self._esfast_drop_in().save(filepath)
         return True
 
+    @_script
     def load_weights_from_disk(self, filepath: str) -> bool:
         """Takes the weights of such a file, or of a Hugging Face folder."""
         self._esfast_drop_in().load(filepath)
         return True
 
+    @_script
     def weights_checksum(self) -> str:
         """16 hex digits of this worker's weights as they are now, what is pending included."""
         return self._esfast_drop_in().checksum()
