@@ -1,48 +1,46 @@
 """A script as its users have it, over `collective_rpc` with the names of published ES workers: only
 the class path is esfast's. What it ends with is what esfast's own loop ends with, to the bit.
+Several engines and vLLM's own processes: `test_drop_in_engines.py`.
 """
 
 from __future__ import annotations
 
-import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from vllm_tiny import OPTIONS, PROMPTS, save_tiny
+from drop_in_scripts import (
+    ALPHA,
+    POPULATION,
+    SIGMA,
+    answers,
+    checksum,
+    free_port,
+    new_llm,
+    own_loop,
+    rpc,
+    script,
+)
+from vllm_tiny import save_tiny
 
 from esfast import (
     Anchor,
     AnchoredDecay,
     DataError,
-    EvolutionStrategy,
     Member,
     ParameterTable,
-    StateError,
     Weights,
     generation_seed,
-    member_seed,
 )
 from esfast.engines.vllm_plugin import METHODS
 from esfast.models import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
 
-SIGMA, ALPHA, POPULATION = 0.02, 0.01, 4
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-def new_llm(folder: Path, **options: Any) -> Any:
-    from vllm import LLM
-
-    extension = "esfast.engines.vllm_worker.WorkerExtension"  # the one line of docs/drop_in.md
-    return LLM(str(folder), dtype="bfloat16", worker_extension_cls=extension, **OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +50,9 @@ def shared(folder: Path) -> Any:
 
 @pytest.fixture
 def llm(shared: Any, folder: Path) -> Any:
-    """The engine with its weights as they were loaded, and its updates counted from 0."""
-    parts = shared.llm_engine.model_executor.driver_worker.worker.__dict__
-    parts.get("esfast_parts", {}).pop("drop_in", None)
+    """The engine with its weights as they were loaded, its updates counted from 0, no anchor."""
     rpc(shared, "load_weights_from_disk", str(folder))
+    rpc(shared, "esfast", "open", "lean", False, None)
     return shared
 
 
@@ -63,56 +60,6 @@ def llm(shared: Any, folder: Path) -> Any:
 def plain(folder: Path) -> Weights:
     """The same weights in transformers, edited by esfast itself."""
     return Weights(ParameterTable.from_module(load_model(folder).model), threads=1)
-
-
-def rpc(llm: Any, method: str, *arguments: Any) -> Any:
-    return llm.collective_rpc(method, args=arguments)[0]
-
-
-def checksum(llm: Any) -> str:
-    return str(rpc(llm, "weights_checksum"))
-
-
-def answers(llm: Any) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    wanted = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-    outputs = llm.generate(PROMPTS, wanted, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def reward(tokens: list[list[int]]) -> float:
-    return sum(map(sum, tokens)) / 1000
-
-
-def script(llm: Any, generations: int) -> list[list[float]]:
-    """What people run, but that the seeds are derived, so that another loop has the same."""
-    kept = []
-    for generation in range(generations):
-        seeds = [member_seed(0, generation, n) for n in range(POPULATION)]
-        rewards = []
-        for seed in seeds:
-            llm.collective_rpc("perturb_self_weights", args=(seed, SIGMA, False))
-            rewards.append(reward(answers(llm)))
-            llm.collective_rpc("restore_self_weights", args=(seed, SIGMA))
-        normal = (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) + 1e-8)
-        llm.collective_rpc(
-            "update_weights_from_seeds", args=(seeds, normal.tolist(), ALPHA, POPULATION)
-        )
-        llm.collective_rpc("broadcast_all_weights", args=(0,))
-        kept.append(rewards)
-    return kept
-
-
-def own_loop(plain: Weights, rewards: list[list[float]]) -> str:
-    es = EvolutionStrategy(
-        plain.table, sigma=SIGMA, alpha=ALPHA, population_size=POPULATION, shaping="z_score"
-    )
-    for one in rewards:
-        for _ in es.population():
-            pass
-        es.step(one)
-    return es.weights.checksum()
 
 
 def test_a_script_ends_with_the_weights_of_esfasts_own_loop(llm: Any, plain: Weights) -> None:
@@ -207,6 +154,79 @@ def test_decay_pulls_to_the_initial_weights(llm: Any, plain: Weights) -> None:
     assert checksum(llm) == anchored.checksum()
 
 
+def test_a_member_comes_back_whatever_was_called_between(
+    llm: Any, plain: Weights, tmp_path: Path
+) -> None:
+    """A save and the initial copy hold the member; the answers are still those of the weights."""
+    before, base = answers(llm), checksum(llm)
+    saved = str(tmp_path / "member.safetensors")
+    for call in (
+        ("save_self_weights_to_disk", saved),
+        ("save_self_initial_weights",),
+        ("init_inter_engine_group", "127.0.0.1", free_port(), 0, 1),
+    ):
+        rpc(llm, "perturb_self_weights", 5, SIGMA)
+        member, changed = answers(llm), checksum(llm)
+        rpc(llm, *call)
+        assert answers(llm) == member != before and checksum(llm) == changed != base
+        rpc(llm, "restore_self_weights", 5, SIGMA)
+        assert checksum(llm) == base and answers(llm) == before
+    rpc(llm, "load_weights_from_disk", saved)
+    assert checksum(llm) == changed
+    rpc(llm, "update_weights_from_seeds", [4], [0.0], ALPHA, 1, "l1", 1e6)  # all the way
+    assert checksum(llm) == changed  # the member was in the initial copy, too
+    plain.perturb(Member(5), SIGMA)
+    assert plain.checksum() == changed
+
+
+def test_a_member_comes_back_after_an_update(llm: Any, plain: Weights) -> None:
+    rpc(llm, "perturb_self_weights", 5, SIGMA)
+    rpc(llm, "update_weights_from_seeds", [7], [1.0], ALPHA, 1)
+    plain.update([Member(7)], [ALPHA], seed=generation_seed(0, 0))
+    settled = plain.checksum()
+    plain.perturb(Member(5), SIGMA)
+    assert checksum(llm) == plain.checksum()
+    rpc(llm, "restore_self_weights", 5, SIGMA)
+    assert checksum(llm) == settled
+
+
+def test_an_update_that_is_refused_leaves_the_engine_as_it_was(llm: Any) -> None:
+    base = checksum(llm)
+    for seeds, coefficients, more, reason in (
+        ([1], [float("nan")], (), "coefficient nan"),
+        ([1], [1e42], (), "not a finite fp32 number"),
+        ([1], ["x"], (), "coefficient 'x'"),
+        ([1.5, 2.5], [1.0, 2.0], (), r"seed 1\.5; expected a whole number"),
+        ([1, 2], [1.0], (), "2 seeds and 1 coefficients"),
+        ([1], [1.0], ("l2", 1.0), "decay has no anchor"),
+    ):
+        rpc(llm, "perturb_self_weights", 5, SIGMA)
+        member = checksum(llm)
+        with pytest.raises(Exception, match=reason):
+            rpc(llm, "update_weights_from_seeds", seeds, coefficients, ALPHA, 1, *more)
+        assert checksum(llm) == member != base
+        rpc(llm, "restore_self_weights", 5, SIGMA)
+        assert checksum(llm) == base
+
+
+def test_a_perturbation_that_finds_no_memory_is_not_made(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the model's next run would try it again."""
+    base = checksum(llm)
+
+    def full(*arguments: Any) -> None:
+        raise MemoryError("no memory for the records")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("esfast.engines.vllm_shard.Shard.perturb", full)
+        with pytest.raises(MemoryError, match="no memory for the records"):
+            rpc(llm, "perturb_self_weights", 5, SIGMA)
+        assert checksum(llm) == base
+    rpc(llm, "perturb_self_weights", 5, 1e-50)  # nothing, to fp32
+    assert checksum(llm) == base
+
+
 def test_weights_on_disk(llm: Any, folder: Path, tmp_path: Path) -> None:
     base = checksum(llm)
     rpc(llm, "update_weights_from_seeds", [4], [1.0], ALPHA, 1)
@@ -221,125 +241,3 @@ def test_weights_on_disk(llm: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no whole safetensors file"):
         rpc(llm, "load_weights_from_disk", str(tmp_path / "old.pth"))
     assert checksum(llm) == changed
-
-
-# --- several engines --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def second(folder: Path) -> Any:
-    return new_llm(folder)
-
-
-@pytest.fixture
-def pair(llm: Any, second: Any, folder: Path) -> tuple[Any, Any]:
-    parts = second.llm_engine.model_executor.driver_worker.worker.__dict__
-    parts.get("esfast_parts", {}).pop("drop_in", None)
-    rpc(second, "load_weights_from_disk", str(folder))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank, one in enumerate((llm, second)):
-        rpc(one, "init_inter_engine_group", "127.0.0.1", port, rank, 2)
-    return llm, second
-
-
-def both(pair: tuple[Any, Any], method: str, *arguments: Any) -> list[Any]:
-    """Calls both engines at once, as drivers do; errors are returned."""
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(rpc, one, method, *arguments) for one in pair]
-        return [call.exception() or call.result() for call in calls]
-
-
-def test_an_engine_that_did_not_update_catches_up(pair: tuple[Any, Any], plain: Weights) -> None:
-    """Updates and perturbations of engine 0, members of both, two rounds."""
-    first, second = pair
-    for generation in range(2):
-        for seed, one in enumerate(pair):
-            rpc(one, "perturb_self_weights", 100 + seed, SIGMA)
-            rpc(one, "restore_self_weights", 100 + seed, SIGMA)
-        rpc(first, "update_weights_from_seeds", [7, 8], [1.0, -1.0], ALPHA, 2)
-        rpc(first, "perturb_self_weights", 9, 0.003)
-        assert checksum(first) != checksum(second)
-        assert both(pair, "broadcast_all_weights", 0) == [True, True]
-        scale = ALPHA / 2
-        key = generation_seed(0, 2 * generation)
-        plain.update([Member(7), Member(8)], [scale, -scale], seed=key)
-        plain.update([Member(9)], [0.003], seed=generation_seed(0, 2 * generation + 1))
-        assert checksum(first) == checksum(second) == plain.checksum()
-
-
-def test_engines_that_all_updated_are_left_alone(pair: tuple[Any, Any]) -> None:
-    for one in pair:
-        rpc(one, "update_weights_from_seeds", [7, 8], [1.0, -1.0], ALPHA, 2)
-    before = checksum(pair[0])
-    assert both(pair, "broadcast_all_weights", 1) == [True, True]
-    assert checksum(pair[0]) == checksum(pair[1]) == before
-
-
-def test_engines_that_are_apart_say_so(pair: tuple[Any, Any]) -> None:
-    rpc(pair[0], "update_weights_from_seeds", [7], [1.0], ALPHA, 1)
-    rpc(pair[1], "update_weights_from_seeds", [8], [1.0], ALPHA, 1)
-    for error in both(pair, "broadcast_all_weights", 0):
-        assert isinstance(error, StateError) and "engine 1 has updates" in str(error)
-
-
-# --- vLLM's own processes (last: ending them ends the groups of the engines here) ---------------
-
-
-@pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip writes down of esfast's entry points, for a source tree that is not installed."""
-    told = tmp_path / "path" / "esfast_plugin-0.dist-info"
-    told.mkdir(parents=True)
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: esfast-plugin\nVersion: 0\n")
-    written = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    line = next(one for one in written.splitlines() if "vllm_plugin:register" in one)
-    entry = line.replace('"', "")
-    (told / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entry}\n")
-    monkeypatch.syspath_prepend(told.parent)  # which the processes that are started inherit
-
-
-def test_the_script_in_vllms_own_processes(
-    folder: Path, plain: Weights, plugin: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the prefix cache on: it is emptied there, although the script never does."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    other = new_llm(folder)
-    try:
-        before = answers(other)
-        rpc(other, "perturb_self_weights", 11, 0.05)
-        member = answers(other)
-        assert member != before
-        rpc(other, "restore_self_weights", 11, 0.05)
-        assert answers(other) == before
-        rewards = script(other, 1)
-        assert checksum(other) == own_loop(plain, rewards)
-    finally:
-        other.llm_engine.engine_core.shutdown()
-
-
-def test_an_error_of_two_workers_leaves_no_reply_behind(
-    folder: Path, plain: Weights, plugin: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM's executor stops reading at the first worker that raises; what follows is still right,
-    also after arguments that the method does not have."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    two = new_llm(folder, tensor_parallel_size=2)
-    try:
-        sums = [two.collective_rpc("weights_checksum")]
-        for method, arguments, reason in (
-            ("load_weights_from_disk", ("/no/such",), "there are no weights at /no/such"),
-            ("perturb_self_weights", (None, SIGMA), "a perturbation of seed None"),
-            ("restore_self_weights", (), "missing 2 required positional arguments"),
-        ):
-            with pytest.raises(Exception, match=reason):
-                two.collective_rpc(method, args=arguments)
-            sums.append(two.collective_rpc("weights_checksum"))
-        assert sums == sums[:1] * 4
-        assert two.collective_rpc("perturb_self_weights", args=(5, SIGMA)) == [True, True]
-        changed = two.collective_rpc("weights_checksum")
-        plain.perturb(Member(5), SIGMA)
-        assert f"{sum(int(one, 16) for one in changed) % 2**64:016x}" == plain.checksum()
-    finally:
-        two.llm_engine.engine_core.shutdown()

@@ -10,7 +10,8 @@ as last settled:
     stochastically, and stays; the last is a perturbation that a restore undoes to the bit
 
 So members that are evaluated and restored cost nothing, perturbations that are meant as updates
-accumulate, and an update of one engine reaches the others as seeds and coefficients (`agree`).
+accumulate, and an update of one engine reaches the others as seeds and coefficients (`agree`, which
+alone keeps the last of the list too: what all engines are to have is no member).
 Rounding is keyed by the number of updates, as in a run of esfast with seed 0.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from esfast.engines.vllm_plugin import followed
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError
 from esfast.members import Member, generation_seed, whole
-from esfast.strategy import LARGEST, AnchoredDecay, real
+from esfast.strategy import LARGEST, SMALLEST, AnchoredDecay, real
 from esfast.update import Update
 
 LONGEST_WAIT = timedelta(minutes=30)  # for an engine whose members take longer
@@ -40,7 +42,23 @@ def _perturbation(seed: int, scale: float) -> tuple[int, float]:
             f"a perturbation of seed {seed!r} and scale {scale!r}; expected a whole number and a "
             f"finite one of at most {LARGEST:g}."
         )
-    return numbers[0] % 2**64, numbers[1]
+    return numbers[0] % 2**64, numbers[1] if abs(numbers[1]) >= SMALLEST else 0.0
+
+
+def _member(seed: int) -> Member:
+    """Of a seed of an update, read as those of perturbations are."""
+    number = whole(seed)
+    if number is None:
+        raise ConfigError(f"an update of seed {seed!r}; expected a whole number.")
+    return Member(number % 2**64)
+
+
+def _scaled(coefficient: float, scale: float) -> float:
+    """What is no number is refused here, what is none of fp32's by `Update`."""
+    number = real(coefficient)
+    if number is None:
+        raise ConfigError(f"an update of coefficient {coefficient!r}; expected a finite number.")
+    return scale * number
 
 
 class DropIn:
@@ -76,20 +94,19 @@ class DropIn:
         one = _perturbation(seed, scale)
         opposite = (one[0], -one[1])
         if opposite in self._added:
-            self._take_off(opposite)
+            self._change(self._without(opposite))
         elif one[1]:
-            self._added.append(one)
-        self._follow()
+            self._change([*self._added, one])
 
     def restore(self, seed: int, sigma: float) -> None:
         """Takes off what `perturb` added with this seed and scale, of either sign."""
         one = _perturbation(seed, sigma)
-        there = [at for at in (one, (one[0], -one[1])) if at in self._added]
+        opposite = (one[0], -one[1])
+        there = [at for at in (one, opposite) if at in self._added]
         if there:
-            self._take_off(there[0])
+            self._change(self._without(there[0]))
         elif one[1]:
-            self._added.append((one[0], -one[1]))
-        self._follow()
+            self._change([*self._added, opposite])
 
     def update(
         self,
@@ -99,32 +116,36 @@ class DropIn:
         decay: AnchoredDecay | None = None,
         alpha: float | None = None,
     ) -> None:
-        """Adds scale * sum_n coefficient_n * noise(seed_n) in one pass, after the list's. decay,
-        alpha: as of `Weights.update`."""
+        """Adds scale * sum_n coefficient_n * noise(seed_n) in one pass, after all but the last of
+        the list, which stays a perturbation. decay, alpha: as of `Weights.update`."""
         if len(seeds) != len(coefficients):
             raise ConfigError(
                 f"{len(seeds)} seeds and {len(coefficients)} coefficients; give one a seed."
             )
-        self._keep_all()
-        members = [Member(int(seed) % 2**64) for seed in seeds]
-        scaled = [scale * float(coefficient) for coefficient in coefficients]
-        self._apply(self._done, Update(members, scaled, decay, alpha, seed=self._key()))
+        members = [_member(seed) for seed in seeds]
+        scaled = [_scaled(coefficient, scale) for coefficient in coefficients]
+        update = Update(members, scaled, decay, alpha)  # refused before anything is kept
+        self._keep(self._added[:-1])
+        self._apply(self._done, replace(update, seed=self._key()))
+        self._follow()
 
     def keep_initial(self) -> None:
         """Keeps a copy of the weights as they are, for decay to pull to."""
-        self._keep_all()
-        self._shard.open("lean", True, None)
+        self._settle()
+        self._live = None
+        self._shard.anchor()
+        self._follow()
 
     def save(self, path: str) -> None:
-        """The weights, with all that was added."""
-        self._keep_all()
+        """The weights as they are, with all that was added; no member is forgotten."""
+        self._settle()
         Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        self._shard.save(str(Path(path).expanduser()))
+        self._shard.write(str(Path(path).expanduser()))
 
     def load(self, path: str) -> None:
         """The weights of a file; nothing is added to them."""
         self._shard.load(str(Path(path).expanduser()))
-        self._added, self._live, self._updates = [], None, []
+        self._added, self._live, self._updates, self._done = [], None, [], 0
         self._base = self._shard.checksum()
 
     def checksum(self) -> str:
@@ -135,12 +156,12 @@ class DropIn:
     def meet(self, address: str, port: int, rank: int, size: int) -> None:
         """Joins the engines of a run: `rank` of `size`; engine 0's first worker keeps the list of
         what is exchanged, at address:port."""
-        self._keep_all()
         self._group = _Group(address, port, rank, size, self._shard.rank)
 
     def agree(self, source: int) -> None:
-        """Ends with the weights of engine `source` everywhere; see `WorkerExtension`."""
-        self._keep_all()
+        """Ends with the weights of engine `source` everywhere, the last of the list included; see
+        `WorkerExtension`."""
+        self._keep(list(self._added))
         if self._group is None:
             return
         updates = [(number, update.record()) for number, update in self._updates]
@@ -169,14 +190,23 @@ class DropIn:
             self._apply(number, update)
         return None
 
-    def _take_off(self, one: tuple[int, float]) -> None:
-        """The last such entry goes."""
+    def _without(self, one: tuple[int, float]) -> list[tuple[int, float]]:
+        """The list but the last such entry."""
         at = len(self._added) - 1 - self._added[::-1].index(one)
-        del self._added[at]
+        return [*self._added[:at], *self._added[at + 1 :]]
+
+    def _change(self, added: list[tuple[int, float]]) -> None:
+        """Takes another list; the old one stays where the weights cannot follow."""
+        before, self._added = self._added, added
+        try:
+            self._follow()
+        except Exception:
+            self._added = before
+            raise
 
     def _follow(self) -> None:
         """The weights follow a list of none or one at once; a longer one before the model runs."""
-        if not self._added and self._live is not None:
+        if not self._added:
             self._shard.restore()
             self._live = None
         elif len(self._added) == 1 and self._live != self._added[0]:
@@ -189,14 +219,9 @@ class DropIn:
         self._live = one
 
     def _settle(self) -> None:
-        if len(self._added) > 1:
-            *kept, last = self._added
-            self._keep(kept)
-            self._put(last)
+        self._keep(self._added[:-1])
+        self._follow()
         self._shard.derive()
-
-    def _keep_all(self) -> None:
-        self._keep(list(self._added))
 
     def _keep(self, entries: list[tuple[int, float]]) -> None:
         """Makes the first entries of the list an update."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast import measure, state_file
+from esfast.anchor import Anchor
 from esfast.engines.vllm_derived import Kept, kept
 from esfast.engines.vllm_files import read_canonical, write_canonical
 from esfast.engines.vllm_reach import Groups
@@ -77,6 +78,14 @@ class Shard:
             self._weights = weights_of(self.table, memory, where, share)
         specs = [asdict(spec) for spec in self.table.specs]
         return {"specs": specs, "derived": self.kept.derived.modules, "threads": share}
+
+    def anchor(self) -> None:
+        """Makes the weights as they are now, with the member that is applied, what decay pulls to;
+        restores."""
+        with all_cores():
+            anchor = Anchor.in_memory(self.table)
+            self.restore()
+            self._weights = Weights(self.table, self.weights.memory, anchor, self.weights.threads)
 
     def perturb(self, member: Mapping[str, Any], sigma: float) -> None:
         """Restores the member that is applied and applies this one."""
@@ -169,8 +178,13 @@ class Shard:
         return Path(path + (f".{self.rank}" if self.rank else ""))
 
     def save(self, path: str) -> None:
-        """The live weights as one safetensors file of canonical tensors, which appears whole."""
+        """`write`, without a member that is applied."""
         self.restore()
+        self.write(path)
+
+    def write(self, path: str) -> None:
+        """The weights as they are now in one safetensors file of canonical tensors, which appears
+        whole."""
         wait = _barrier if self.size > 1 else lambda: None
         write_canonical(Path(path), self.kept.segments, self.kept.folder, self.rank, wait)
 
