@@ -20,7 +20,7 @@ from drop_in_scripts import (
 )
 from vllm_tiny import save_tiny
 
-from esfast import Member, ParameterTable, StateError, Weights, generation_seed
+from esfast import ConfigError, Member, ParameterTable, StateError, Weights, generation_seed
 from esfast.models import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_this_process")]
@@ -83,6 +83,36 @@ def test_engines_that_all_updated_are_left_alone(pair: tuple[Any, Any]) -> None:
     before = checksum(pair[0])
     assert both(pair, "broadcast_all_weights", 1) == [True, True]
     assert checksum(pair[0]) == checksum(pair[1]) == before
+
+
+def test_engines_that_load_the_same_go_on_alike(pair: tuple[Any, Any], folder: Path) -> None:
+    """Whatever each did before."""
+    rpc(pair[0], "update_weights_from_seeds", [1], [1.0], ALPHA, 1)
+    both(pair, "load_weights_from_disk", str(folder))
+    both(pair, "update_weights_from_seeds", [7, 8], [1.0, -1.0], ALPHA, 2)
+    assert checksum(pair[0]) == checksum(pair[1])
+    assert both(pair, "broadcast_all_weights", 0) == [True, True]
+
+
+def test_a_broadcast_brings_an_engine_to_the_others_count(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """One was started anew with the weights of the other."""
+    rpc(pair[0], "update_weights_from_seeds", [1], [1.0], ALPHA, 1)
+    both(pair, "broadcast_all_weights", 0)
+    rpc(pair[0], "save_self_weights_to_disk", str(tmp_path / "model.safetensors"))
+    rpc(pair[1], "load_weights_from_disk", str(tmp_path / "model.safetensors"))
+    both(pair, "broadcast_all_weights", 0)
+    both(pair, "update_weights_from_seeds", [7, 8], [1.0, -1.0], ALPHA, 2)
+    assert checksum(pair[0]) == checksum(pair[1])
+    assert both(pair, "broadcast_all_weights", 0) == [True, True]
+
+
+def test_an_engine_that_there_is_none_of_is_no_source(pair: tuple[Any, Any]) -> None:
+    for source in (5, -1, 0.5):
+        for error in both(pair, "broadcast_all_weights", source):
+            assert isinstance(error, ConfigError) and f"engine {source} of 2" in str(error)
+    assert both(pair, "broadcast_all_weights", 0) == [True, True]
 
 
 def test_engines_that_are_apart_say_so(pair: tuple[Any, Any]) -> None:

@@ -12,7 +12,8 @@ as last settled:
 So members that are evaluated and restored cost nothing, perturbations that are meant as updates
 accumulate, and an update of one engine reaches the others as seeds and coefficients (`agree`, which
 alone keeps the last of the list too: what all engines are to have is no member).
-Rounding is keyed by the number of updates, as in a run of esfast with seed 0.
+Rounding is keyed by the number of updates since the weights were loaded, as in a run of esfast with
+seed 0.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class DropIn:
         self._shard.write(str(Path(path).expanduser()))
 
     def load(self, path: str) -> None:
-        """The weights of a file; nothing is added to them."""
+        """The weights of a file; nothing is added to them, and updates are counted from 0, so that
+        engines that load the same go on alike."""
         self._shard.load(str(Path(path).expanduser()))
         self._added, self._live, self._updates, self._done = [], None, [], 0
         self._base = self._shard.checksum()
@@ -161,11 +163,13 @@ class DropIn:
     def agree(self, source: int) -> None:
         """Ends with the weights of engine `source` everywhere, the last of the list included; see
         `WorkerExtension`."""
+        if self._group is not None:
+            self._group.require(source)
         self._keep(list(self._added))
         if self._group is None:
             return
         updates = [(number, update.record()) for number, update in self._updates]
-        told = {"base": self._base, "updates": updates}
+        told = {"base": self._base, "done": self._done, "updates": updates}
         theirs = self._group.exchange("updates", told)[source]
         error = self._catch_up(theirs, source)
         seen = self._group.exchange("ended", error or f"{self._shard.checksum():016x}")
@@ -188,6 +192,7 @@ class DropIn:
             return f"updates that engine {source} has not applied"
         for number, update in updates[len(self._updates) :]:
             self._apply(number, update)
+        self._done = int(theirs["done"])  # equal weights may have been loaded at another count
         return None
 
     def _without(self, one: tuple[int, float]) -> list[tuple[int, float]]:
@@ -263,6 +268,15 @@ class _Group:
             ) from None
         self._store = PrefixStore(f"esfast/{worker}", store)
         self._rank, self._size, self._round = rank, size, 0
+
+    def require(self, source: int) -> None:
+        """ConfigError where there is no such engine."""
+        number = whole(source)
+        if number is None or not 0 <= number < self._size:
+            raise ConfigError(
+                f"engine {source!r} of {self._size} is to be the source; ranks are 0 to "
+                f"{self._size - 1}."
+            )
 
     def exchange(self, what: str, said: Any) -> list[Any]:
         """What every engine said, by rank."""
