@@ -58,3 +58,21 @@ def test_the_command_refuses_in_a_paragraph(
     assert main(command(folder, "--engine-option", "no_such=1", "--generations", "1")) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said and "no_such" in said and "vLLM does not start" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("enable_prefix_caching", "false", "leave the option out"),
+        ("seed", "1", "--seed"),
+        ("worker_extension_cls", "mine.Own", "leave the option out"),
+        ("dtype", "float32", "use --dtype"),
+        ("tensor_parallel_size", "2", "use --tensor-parallel-size"),
+    ],
+)
+def test_what_esfast_sets_itself_is_no_option(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, value: str, instead: str
+) -> None:
+    assert main(command(folder, "--engine-option", f"{name}={value}", "--generations", "1")) == 2
+    said = capsys.readouterr().err
+    assert name in said and instead in said and "vLLM does not start" not in said

@@ -32,6 +32,7 @@ from esfast.checkpoint import ORIGIN, new_folder, require_replaceable
 from esfast.engines import prompts as prompting
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.vllm_derived import REFUSE_LATER
+from esfast.engines.vllm_options import require_options, require_plain
 from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
@@ -46,7 +47,6 @@ CACHE_SHARE = 8  # of the free memory of a CPU, where nothing else is asked for
 MOST_CACHE, LEAST_CACHE = 4 << 30, 1 << 28
 TELL_MEMORY = frozenset(("gpu_memory_utilization", "kv_cache_memory_bytes"))  # of the options
 PROBE_TOKENS, PROBE_NEW = 12, 2
-QUANTISED = "quantization_config"
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's folder, beside its weights
 
@@ -91,7 +91,8 @@ class VLLMEngine:
     ) -> None:
         self.folder = model_folder(model)
         self._closed = True
-        _require_plain(self.folder, options or {})
+        require_options(options or {})
+        require_plain(self.folder, options or {})
         _prepare(tensor_parallel_size, threads)
         self.tokenizer = read_tokenizer(self.folder)
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
@@ -306,17 +307,6 @@ def ends_of(folder: Path, tokenizer: Any) -> frozenset[int]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         configured = GenerationConfig.from_model_config(config)
     return Ends.of(SimpleNamespace(generation_config=configured), tokenizer).tokens
-
-
-def _require_plain(folder: Path, options: Mapping[str, Any]) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    asked = options.get("quantization")
-    if QUANTISED in config or asked is not None:
-        kind = asked or config[QUANTISED].get("quant_method", "quantised")
-        raise ConfigError(
-            f"{folder.name} is {kind}-quantised; its stored numbers are no weights that noise can "
-            "be added to. Train the 16-bit model that it was made from, and quantise the result."
-        )
 
 
 def _memory(workers: int, options: Mapping[str, Any]) -> dict[str, Any]:
