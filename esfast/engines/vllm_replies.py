@@ -42,6 +42,7 @@ def answered(replies: Sequence[Mapping[str, Any]]) -> list[Any]:
     if len(failed) < len(replies):
         raise StateError(
             f"{len(failed)} of {len(replies)} workers failed ({failed[0]['text']}), so their "
-            "weights may be apart. Start the engine again; a run resumes from its journal."
+            "weights may be apart. Start the engine again; a run resumes from its journal, and a "
+            "script from what it saved."
         )
     raise _KINDS[failed[0]["error"]](failed[0]["text"])
