@@ -18,9 +18,14 @@ from esfast.replay import keep_journal
 DECAY = AnchoredDecay("l2", 5.0)
 
 
-def train(folder: Path, anchor: str | None, decay: AnchoredDecay | None = DECAY) -> None:
+def train(
+    folder: Path,
+    anchor: str | None,
+    decay: AnchoredDecay | None = DECAY,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Two generations from "base" on, as `esfast train --anchor-model` leaves them."""
-    loaded = load_model("base", dtype=torch.float32)
+    loaded = load_model("base", dtype=dtype)
     table = ParameterTable.from_module(loaded.model)
     es = EvolutionStrategy(
         table, threads=1, sigma=0.02, alpha=0.02, population_size=6, decay=decay,
@@ -46,6 +51,7 @@ def place(tmp_path_factory) -> Path:
         train(Path("far"), "original")
         train(Path("near"), None)
         train(Path("free"), None, decay=None)
+        train(Path("narrow"), "base", dtype=torch.bfloat16)
     return folder
 
 
@@ -69,6 +75,13 @@ def test_the_anchor_is_the_one_that_the_run_recorded(there, tmp_path):
     assert diagnosed(tmp_path / "out", "far", "near") == 0
     far, near = norms(tmp_path / "out")
     assert far > 1.1 * near > 0
+
+
+def test_the_base_named_as_the_anchor_is_the_start(there, tmp_path):
+    """Its file is wider than the run's weights, and has another checksum."""
+    assert diagnosed(tmp_path / "out", "narrow") == 0
+    found = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert len(found["subjects"][0]["noise_norms"]) == 3 and not found["notes"]
 
 
 def test_the_law_of_the_norm_is_of_decay_to_the_start(there, tmp_path, capsys):

@@ -17,10 +17,11 @@ from esfast.interrupts import Interrupts, ended_as_interrupted
 @pytest.fixture(autouse=True)
 def the_usual_handlers() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ended = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, ended)
 
 
 def terminate() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -16,7 +17,8 @@ from esfast.launch.ray_cluster import is_death
 from esfast.launch.watch import engine_processes, watch
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/task").is_dir() or shutil.which("bash") is None, reason="no /proc or bash"
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists() or shutil.which("bash") is None,
+    reason="no /proc with children, or no bash",
 )
 
 
@@ -25,11 +27,15 @@ def core() -> Iterator[subprocess.Popen[bytes]]:
     """A process with the name of vLLM's, below another one."""
     shell = "bash -c 'exec -a VLLM::EngineCore sleep 60' & wait"
     process = subprocess.Popen(["bash", "-c", shell], start_new_session=True)
-    while not engine_processes(os.getpid()):
-        time.sleep(0.01)
-    yield process
-    subprocess.run(["pkill", "-9", "-g", str(process.pid)], check=False)
-    process.wait()
+    try:
+        until = time.monotonic() + 60
+        while not engine_processes(os.getpid()):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_the_death_of_an_engines_process_is_told(core: subprocess.Popen[bytes]) -> None:

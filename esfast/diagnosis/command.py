@@ -257,7 +257,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
     """What the command line names. ConfigError for an anchor that no run's decay pulls to."""
     given = [] if args.anchor_model is None else [model_folder(args.anchor_model)]
     subjects = [
-        open_subject(source, name, [*given, *recorded_anchor(source)])
+        open_subject(source, name, _elsewhere(args.base, [*given, *recorded_anchor(source)]))
         for source, name in zip(args.subjects, names_of(args.subjects), strict=True)
     ]
     if given and not any(isinstance(s, Run) and s.journal.header.config.decay for s in subjects):
@@ -266,6 +266,14 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
             f"{args.anchor_model}; leave it out."
         )
     return subjects
+
+
+def _elsewhere(base: str, anchors: Sequence[Path]) -> list[Path]:
+    """Those that are not the base, whose file need not have the checksum of a run's weights."""
+    if not anchors:
+        return []
+    own = model_folder(base).resolve()
+    return [folder for folder in anchors if folder.resolve() != own]
 
 
 def _measured(diagnosis: Diagnosis, subjects: Sequence[Subject]) -> dict[str, Any]:

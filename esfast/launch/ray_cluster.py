@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +39,8 @@ class Cluster:
         if self._own:
             options = {"include_dashboard": False} if "RAY_ADDRESS" not in os.environ else {}
             try:
-                self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                with _own_sigterm():
+                    self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 raise ConfigError(
                     f"no Ray cluster: {_first_line(error)}. Start one with ray start --head, set "
@@ -67,6 +71,17 @@ class Cluster:
         """Leaves the cluster, and ends it where it was this run's own."""
         if self._own and self.ray.is_initialized():
             self.ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """ray.init puts a handler of its own in the place of what SIGTERM does to a run."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _ray() -> Any:
