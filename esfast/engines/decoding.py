@@ -117,7 +117,7 @@ class Decoder:
             if 2 * len(unfinished) <= len(live):
                 keep = torch.tensor(unfinished)
                 ids, positions, mask = ids.cpu()[keep], positions[keep], mask[keep]
-                cache.batch_select_indices(keep.to(self._model.device))
+                kv_cache.keep_rows(cache, keep.to(self._model.device))
                 live = [live[at] for at in unfinished]
 
     def _take(self, tokens: list[int], rows: list[_Row]) -> None:

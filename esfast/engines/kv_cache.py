@@ -10,6 +10,7 @@ computed once, and copied to every row.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -87,14 +88,27 @@ def new_cache(config: Any, capacity: int) -> Cache:
     return cache
 
 
-def can_share(config: Any) -> bool:
+def can_share(model: Any) -> bool:
     """Whether rows may start from a shared prefix followed by padding.
 
     Masks hide the padding from attention; a sliding window would count it and a recurrent state
-    would take it in, so only models whose every layer is plain full attention share.
+    would take it in, so only models whose every layer is plain full attention share. So would a
+    model that is not told its positions (MPT), or has a window that its cache does not show
+    (GPT-Neo).
     """
-    layers = DynamicCache(config=config).layers
-    return bool(layers) and all(_is_plain(layer) for layer in layers)
+    layers = DynamicCache(config=model.config).layers
+    local = "local" in (getattr(model.config, "attention_layers", None) or ())
+    told = "position_ids" in signature(model.forward).parameters
+    return bool(layers) and all(map(_is_plain, layers)) and told and not local
+
+
+def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """These rows only. Layers with a recurrent state can only be told to reorder: selecting is not
+    there, or (Falcon-H1) forgets the state."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        plain = isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states")
+        (layer.batch_select_indices if plain else layer.reorder_cache)(rows)
 
 
 def share(prefix: Cache, rows: int, capacity: int) -> Cache:

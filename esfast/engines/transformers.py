@@ -13,6 +13,7 @@ logits (in fp32 they agree).
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -67,7 +68,7 @@ class TransformersEngine:
         self.system_prompt = system_prompt
         self._chat = has_template if chat is None else chat
         self._config = model.config.get_text_config(decoder=True)
-        self._share_prefix = share_prefix and can_share(model.config)
+        self._share_prefix = share_prefix and can_share(model)
         self._ends = Ends.of(model, tokenizer)
         self._plans: OrderedDict[Hashable, prompting.Plan] = OrderedDict()
         self._table: ParameterTable | None = None
@@ -133,7 +134,7 @@ class TransformersEngine:
         return prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
 
     def _plan(self, prompts: Sequence[Prompt]) -> prompting.Plan:
-        key = prompting.key(prompts)
+        key = self.system_prompt, prompting.key(prompts)
         plan = self._plans.pop(key, None)
         if plan is None:
             rows = prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
@@ -209,8 +210,20 @@ def _check(model: Any, tokenizer: Any, batch_size: int, no_template: bool | None
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder; expected a decoder-only language model."
         )
+    _require_cache(model)
     if no_template:
         raise ConfigError(
             "chat=True, but the tokenizer has no chat template. Leave chat out to give the prompts "
             "as plain text, or set tokenizer.chat_template."
+        )
+
+
+def _require_cache(model: Any) -> None:
+    """Mamba and its like hide the cache in arguments that they ignore, and would see one token."""
+    takes = "past_key_values" in inspect.signature(model.forward).parameters
+    if not takes or model.config.model_type == "recurrent_gemma":  # keeps its state in itself
+        raise ConfigError(
+            f"{type(model).__name__} does not take the tokens seen so far as past_key_values, with "
+            "which this engine decodes; choose a model with attention, or use "
+            "esfast.EvolutionStrategy with a loop of your own around model.generate."
         )
