@@ -121,7 +121,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z2 = Z95 * Z95 / count
     middle = (share + z2 / 2) / (1 + z2)
     half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # 128 of 128 gives an upper limit of 1 - 1e-16: rounding must not leave the share out.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def standard_error(values: np.ndarray) -> float:

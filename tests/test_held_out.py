@@ -34,7 +34,8 @@ def test_wilsons_interval_keeps_to_shares_and_has_width():
     # Newcombe (1998), Stat. Med. 17: 81 of 263 and 0 of 20
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(1.0, 20)[1] == 1.0
+    for count in range(1, 2001):
+        assert wilson(1.0, count)[1] == 1.0 and wilson(0.0, count)[0] == 0.0, count
 
 
 def test_the_rise_is_paired():
