@@ -12,7 +12,7 @@ import pytest
 from esfast.errors import ConfigError, DataError
 from esfast.tasks import Example, Score, Task, make_task
 from esfast.tasks.countdown import Countdown
-from esfast.tasks.draws import Draws
+from esfast.tasks.draws import Draws, digest_int
 from esfast.tasks.gsm8k import final_number
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
 from esfast.tasks.reward_pool import Limits, RewardPool
@@ -151,6 +151,47 @@ def test_countdown_problems_can_be_solved(generation):
         numbers, target = example.data["numbers"], example.data["target"]
         assert target in reachable(tuple(Fraction(n) for n in numbers))
         assert 3 <= len(numbers) <= 4 and str(target) in example.prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "least"),
+    [
+        ({"min_numbers": 2, "max_numbers": 2, "max_value": 9, "max_target": 20}, 9, 3),
+        ({"min_numbers": 3, "max_numbers": 3, "max_value": 9, "max_target": 20}, 128, 60),
+        ({"min_numbers": 2, "max_numbers": 2}, 1000, 600),
+    ],
+)
+def test_countdown_ends_where_the_options_leave_few_problems(options, asked, least):
+    task = make_task("countdown", **options)
+    held_out = task.held_out(asked)
+    assert least <= len(held_out) == len(ids(held_out)) < asked
+    assert ids(held_out[:3]) == ids(task.held_out(3))
+
+
+def test_a_countdown_batch_of_few_problems_deals_them_again():
+    task = make_task("countdown", min_numbers=2, max_numbers=2, max_value=9, max_target=20)
+    batch = task.train_batch(0, 0, 100)
+    there = len(ids(batch))
+    assert there == 32 and batch[there : 2 * there] == batch[:there] and len(batch) == 100
+    assert not ids(batch) & ids(task.held_out(99))
+
+
+def test_what_countdown_deals_is_what_it_dealt():
+    """Recorded runs are resumed with it."""
+    task = make_task("countdown")
+    dealt = [e.id for e in (*task.held_out(100), *task.train_batch(5, 1, 100))]
+    assert f"{digest_int(*dealt):016x}" == "be2537ce2a482dae"
+
+
+def test_a_countdown_format_takes_time_that_grows_with_its_length_alone():
+    """Ten times as long took a hundred times as long: minutes, for a completion of this length."""
+    task, example = make_task("countdown"), countdown_example()
+    gap = " \n" * 100_000
+    right = f"{gap}x{gap}</think>{gap}<answer>3 * 5 - 2</answer>{gap}"
+    assert task.score(example, right).value == pytest.approx(1.1)
+    assert task.score(example, f"{gap}<answer>3 * 5 - 2</answer>").value == 1.0
+    assert task.score(example, f"{right}x").value == 1.0
+    assert task.score(example, "<answer>" * 25_000).value == 0.0
 
 
 def reachable(numbers: tuple[Fraction, ...]) -> set[Fraction]:
