@@ -4,7 +4,8 @@
     esfast train --task questions:plurals
 
 A row is {"prompt": ..., "answer": "Paris"} or {"prompt": ..., "answers": ["Kyiv", "Kiev"]}. Reward:
-1 where one of the answers stands in the completion as words of its own, whatever its case, else 0.
+1 where one of the answers stands in the completion as words of its own, whatever its case, else 0;
+5 does not stand in -5, 3.5 or 1,500. Rows with one prompt are one question with all their answers.
 A sentence around it costs nothing, so that a fine-tune that changes how a model words its answers
 is told apart from one that makes it forget. Not told apart: an answer that names the right word
 among wrong ones.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ from esfast.tasks.json_lines import prompt_of, read_rows
 
 HELD_OUT_SHARE = 0.25
 SETS = Path(__file__).with_name("data")
+
+# A number is no part of another: 5 is not in 3.5, 1,5, .5, -5 or 3-5, but it is in $5 and A-5.
+_BEFORE_NUMBER = r"(?<![\w.,\u2212])(?<!(?<![^\W\d])-)(?<![-\u2212]\$)"
+_AFTER_NUMBER = r"(?!\w|[.,]\d)"
 
 
 class Questions(PoolTask):
@@ -44,7 +50,7 @@ class Questions(PoolTask):
         """
         path = Path(data) if data is not None else _kept(dataset)
         self.name = f"questions:{path.stem}"
-        examples = {example.id: example for example in _examples(path)}
+        examples = _examples(path)
         held = set(examples) if evaluation_only else held_out_keys(examples, HELD_OUT_SHARE)
         super().__init__(
             train=[example for key, example in examples.items() if key not in held],
@@ -61,7 +67,9 @@ class Questions(PoolTask):
 
 
 def _names(text: str, answer: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
+    begins = _BEFORE_NUMBER if answer[0].isdecimal() else r"(?<!\w)"
+    ends = _AFTER_NUMBER if answer[-1].isdecimal() else r"(?!\w)"
+    return re.search(f"{begins}{re.escape(answer)}{ends}", text, re.IGNORECASE) is not None
 
 
 def _kept(name: str) -> Path:
@@ -75,8 +83,14 @@ def _kept(name: str) -> Path:
     return path
 
 
-def _examples(path: Path) -> list[Example]:
-    return [_example(path, line, row) for line, row in read_rows(path, required=("prompt",))]
+def _examples(path: Path) -> dict[str, Example]:
+    examples: dict[str, Example] = {}
+    for line, row in read_rows(path, required=("prompt",)):
+        example = _example(path, line, row)
+        earlier = examples.get(example.id, example)
+        answers = dict.fromkeys([*earlier.data["answers"], *example.data["answers"]])
+        examples[example.id] = replace(earlier, data={"answers": list(answers)})
+    return examples
 
 
 def _example(path: Path, line: int, row: dict[str, Any]) -> Example:
@@ -88,7 +102,7 @@ def _example(path: Path, line: int, row: dict[str, Any]) -> Example:
             "is a list of such, any of which is right."
         )
     key = f"{digest_int(json.dumps(prompt, sort_keys=True)):016x}"
-    return Example(key, prompt, {"answers": answers})
+    return Example(key, prompt, {"answers": [answer.strip() for answer in answers]})
 
 
 def _is_answer(value: object) -> bool:
