@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -307,6 +308,41 @@ def test_gsm8k_reads_the_number_after_the_mark(tmp_path):
     assert task.score(example, "1501 is not it\n#### 12").value == 0.0
     assert task.score(example, "no idea").value == 0.0
     assert final_number("#### 7 apples, not 8") == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### .5", "0.5"),
+        ("#### $.50", "0.5"),
+        ("#### -.5", "-0.5"),
+        ("#### \u22125", "-5"),
+        ("#### -$5", "-5"),
+        ("#### \u2212$1,200.50", "-1200.5"),
+        ("#### $-5", "-5"),
+        ("It is 10-5", "5"),
+        ("It is 10 - 15 = -5", "-5"),
+        ("It is 10\u22125.", "5"),
+        ("see 1.2.5", "5"),
+        ("see v.5", "5"),
+        ("well...5", "5"),
+        ("#### 1,501.", "1501"),
+    ],
+)
+def test_gsm8k_reads_signs_and_decimal_points(text, number):
+    assert final_number(text) == Decimal(number)
+
+
+def test_gsm8k_takes_a_question_with_whitespace_around_it_for_the_same(tmp_path):
+    rows = gsm8k_rows(20)
+    padded = [{**row, "question": f" {row['question']}\n"} for row in rows]
+    once = make_task("gsm8k", data=write_rows(tmp_path / "a.jsonl", rows))
+    twice = make_task("gsm8k", data=write_rows(tmp_path / "b.jsonl", [*rows, *padded]))
+    assert once.describe() == twice.describe()
+    prompts = [
+        {e.prompt for e in part} for part in (twice.train_batch(0, 0, 18), twice.held_out(9))
+    ]
+    assert not prompts[0] & prompts[1]
 
 
 def test_gsm8k_refuses_rows_without_an_answer(tmp_path):

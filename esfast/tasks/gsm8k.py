@@ -18,8 +18,10 @@ from esfast.tasks.json_lines import read_rows
 
 HELD_OUT_SHARE = 0.1
 MARK = "####"
+MINUS = "\u2212"  # the typographer's, which models write too
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# 1,501.5, .5, -5 and -$5; the 5 of 10-5 has no sign, and that of 1.2.5 or v.5 no decimal point.
+_NUMBER = re.compile(r"(?:(?<!\d)-\$?)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 INSTRUCTION = f'Think step by step, then end with "{MARK}" and the answer as a number.'
 
@@ -60,10 +62,11 @@ class Gsm8k(PoolTask):
 def final_number(text: str) -> Decimal | None:
     """The number after the last mark, else the last number; None where there is none."""
     _, mark, after = text.rpartition(MARK)
-    found = _NUMBER.findall(after if mark else text)
+    found = _NUMBER.findall((after if mark else text).replace(MINUS, "-"))
     if not found:
         return None
-    return Decimal((found[0] if mark else found[-1]).replace(",", "")[:40])
+    digits = (found[0] if mark else found[-1]).replace(",", "").replace("$", "")
+    return Decimal(digits[:40])
 
 
 def _examples(path: Path) -> list[Example]:
@@ -76,7 +79,7 @@ def _examples(path: Path) -> list[Example]:
                 f'{path} line {line}: expected a "question" in words and an "answer" that ends '
                 f'with "{MARK} 42".'
             )
-        key = f"{digest_int(question):016x}"
-        prompt = f"{question.strip()}\n{INSTRUCTION}"
-        examples[key] = Example(key, prompt, {"number": number})
+        asked = question.strip()  # of which the key is made as well: one prompt, one problem
+        key = f"{digest_int(asked):016x}"
+        examples[key] = Example(key, f"{asked}\n{INSTRUCTION}", {"number": number})
     return list(examples.values())
