@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 LARGEST_REWARD = 1e30  # as in esfast.tasks.base, which this process does not load
@@ -39,15 +40,7 @@ def load(target: str) -> Callable[[dict, str], Any]:
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise ValueError(f"{target!r} is not of the form module:function")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("reward_file", place)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"cannot import {place}")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    found: Any = module
+    found: Any = load_file(place) if place.endswith(".py") else importlib.import_module(place)
     for part in name.split("."):
         found = getattr(found, part)
     if not callable(found):
@@ -55,21 +48,42 @@ def load(target: str) -> Callable[[dict, str], Any]:
     return found
 
 
+def load_file(place: str) -> ModuleType:
+    """The module in the file `place`, which finds those beside it after all others."""
+    spec = importlib.util.spec_from_file_location("reward_file", place)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import {place}")
+    folder = Path(place).resolve().parent
+    if folder != Path(__file__).resolve().parent:  # whose base.py and others are esfast's own
+        sys.path.append(str(folder))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
 def reply_to(result: Any) -> dict[str, Any]:
-    """The reply for what the function returned: a number, or a number and a feedback in words."""
-    value, feedback = result, ""
+    """The reply for what the function returned: a number, or a number and a feedback in words
+    (or None). A number in the feedback's place is an error: which is the reward nobody can say."""
+    value, feedback = result, None
     if isinstance(result, (tuple, list)) and len(result) == 2:
         value, feedback = result
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
+    expected = ""
     if not -LARGEST_REWARD <= number <= LARGEST_REWARD:  # nor is NaN
-        shown = repr(result)[:200]
-        return {
-            "error": f"the reward function returned {shown}; expected a finite number, 1e30 at most"
-        }
-    return {"value": number, "feedback": str(feedback)[:500]}
+        expected = "a finite number, 1e30 at most"
+    elif feedback is not None and not isinstance(feedback, str):
+        expected = f"a number and a feedback in words, which a {type(feedback).__name__} is not"
+    if expected:
+        return {"error": f"the reward function returned {repr(result)[:200]}; expected {expected}"}
+    return {"value": number, "feedback": (feedback or "")[:500]}
 
 
 def answer(function: Callable[[dict, str], Any], request: dict[str, Any]) -> dict[str, Any]:
