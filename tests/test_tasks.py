@@ -15,7 +15,7 @@ from esfast.tasks import Example, Score, Task, make_task
 from esfast.tasks.countdown import Countdown
 from esfast.tasks.draws import Draws, digest_int
 from esfast.tasks.gsm8k import final_number
-from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
+from esfast.tasks.reasoning_gym import SCORER, ReasoningGym
 from esfast.tasks.reward_pool import Limits, RewardPool
 
 
@@ -273,20 +273,6 @@ def test_reasoning_gym_names_its_data_sets_and_options(cache):
         make_task("reasoning_gym:nim")
     with pytest.raises(ConfigError, match="min_numbers"):
         make_task("reasoning_gym:countdown", colour="red")
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("<answer>1</answer> and <answer> 2 </answer>", "2"),
-        ("First.\nThe answer is 12.", "12"),
-        ("Answer: a b", "a b"),
-        ("thinking\n42", "42"),
-        ("", ""),
-    ],
-)
-def test_answers_are_extracted(completion, answer):
-    assert extract_answer(completion) == answer
 
 
 # --- gsm8k ------------------------------------------------------------------------------------

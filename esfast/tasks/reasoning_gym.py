@@ -4,10 +4,11 @@
 
 The data set's own scorer decides the reward (1.0 right; many give 0.05 to what can be read and 0.01
 to the rest). It wants the bare answer, so that is extracted first: the last <answer>...</answer>,
-else what follows the last "answer is" or "Answer:", else the last line. Some scorers evaluate the
-answer as Python; such an answer has to pass `esfast.tasks.harmless` first, else it is worth 0. And
-all scorers run in processes of their own, with limits of time and memory (`gym_scorer`): one that
-hangs or crashes costs its answer the failure reward, and the run goes on.
+else what follows the last "answer is" or "Answer:", else the end of the text; as many lines as the
+known answer has, since grids have several. Some scorers evaluate the answer as Python; such an
+answer has to pass `esfast.tasks.harmless` first, else it is worth 0. And all scorers run in
+processes of their own, with limits of time and memory (`gym_scorer`): one that hangs or crashes
+costs its answer the failure reward, and the run goes on.
 
 Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON where JSON gives
 them back unchanged.
@@ -39,7 +40,10 @@ SOLVED = 0.99
 SCORER = Path(__file__).with_name("gym_scorer.py")
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_SAID = re.compile(r"(?:answer is|answer:)[ \t]*(.+)", re.IGNORECASE)
+# The last part: "**Answer:** 42" closes its emphasis after the colon.
+_SAID = re.compile(r"answer[ \t*]*(?:is\b|:)(?:[ \t:]|\*+(?=\s|:|\Z))*", re.IGNORECASE)
+_FENCE = re.compile(r"^[ \t]*```\w*[ \t]*(?:\n|\Z)", re.MULTILINE)
+_MARKS = "*`$"
 
 
 class ReasoningGym(PooledTask):
@@ -76,7 +80,7 @@ class ReasoningGym(PooledTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """What the data set's scorer gives to the extracted answer. Raises RewardFailure."""
-        answer = extract_answer(completion)
+        answer = extract_answer(completion, example.data["answer"])
         if answer != example.data["answer"] and not all(check(answer) for check in self._checks):
             return Score(0.0, "The answer is not in a plain form that can be scored.", solved=False)
         request = {**self._request, "row": to_json(dict(example.data))}
@@ -87,16 +91,37 @@ class ReasoningGym(PooledTask):
         return Score(value, "Right." if solved else wrong, solved=solved)
 
 
-def extract_answer(completion: str) -> str:
-    """The bare answer in a completion; the whole text where nothing marks one."""
+def extract_answer(completion: str, known: str | None = "") -> str:
+    """The bare answer in a completion.
+
+    known: the problem's own answer, which tells the form alone: how many lines, and whether a full
+    stop or a mark at its ends belongs to it. None where there is none to compare with.
+    """
     tagged = _TAGGED.findall(completion)
     if tagged:
         return tagged[-1].strip()
-    said = _SAID.findall(completion)
-    if said:
-        return said[-1].strip().removesuffix(".")
-    lines = completion.strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    text = _FENCE.sub("", completion).strip()
+    said = _after_said(text)
+    if known is None:
+        on_its_line = bool(said) and not said.startswith("\n")
+        return _bare(said.split("\n")[0], "") if on_its_line else (said or text).strip()
+    lines = (said or text).strip().split("\n")
+    count = known.strip().count("\n") + 1
+    kept = "\n".join(lines[:count] if said else lines[-count:]).strip()
+    return _bare(kept, known.strip()) if count == 1 else kept
+
+
+def _after_said(text: str) -> str:
+    """What follows the last words that announce an answer and are followed by anything."""
+    rests = [text[found.end() :] for found in _SAID.finditer(text)]
+    return next((rest for rest in reversed(rests) if rest.strip()), "")
+
+
+def _bare(text: str, known: str) -> str:
+    """The text without emphasis and final full stop, unless a known answer has them itself."""
+    marks = "".join(mark for mark in _MARKS if mark not in known[:1] + known[-1:]) + " \t"
+    text = text.strip(marks)
+    return text if known.endswith(".") else text.removesuffix(".").strip(marks)
 
 
 def _create(name: str, config: dict[str, Any]) -> Any:
