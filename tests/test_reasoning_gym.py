@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from esfast.tasks import make_task
+from esfast.tasks.harmless import is_formula
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
 from esfast.tasks.reward_pool import Limits, RewardPool
 
@@ -92,3 +94,13 @@ def test_a_known_answer_scores_alike_with_and_without_tags(tmp_path, monkeypatch
         assert task.score(example, known).value == tagged == 1.0
         for words in ("Hm.\n", "The answer is: ", "**Answer:**\n"):
             assert task.score(example, words + known).value == tagged
+
+
+def test_integrals_over_a_capital_letter_are_scored(tmp_path, monkeypatch, scorer):
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    task = gym_task("simple_integration", scorer)
+    both = [*task.held_out(9), *task.train_batch(0, 0, 8)]
+    example = next(e for e in both if re.search(r"\bX\b", e.data["answer"]))
+    known = example.data["answer"]
+    assert task.score(example, f"<answer>0 + {known}</answer>").solved
+    assert is_formula("2*X + C") and not is_formula("2*N") and not is_formula("XX")

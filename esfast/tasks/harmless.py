@@ -26,7 +26,7 @@ _FUNCTIONS = frozenset(
         *("sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt"),
     ]
 )
-_NAMES = frozenset([*"abcdfghjklmnopqrstuvwxyz", "C", "pi", "e"])
+_NAMES = frozenset([*"abcdfghjklmnopqrstuvwxyz", "C", "X", "pi", "e"])  # X: simple_integration's
 _PLAIN = re.compile(r"[A-Za-z0-9_\s,;:'\"\[\]#|+-]*")
 _RISKY = re.compile(r"[\w'\"\]]\s*\[|[A-Za-z0-9]_|_[A-Za-z0-9]|__")
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UAdd, ast.USub)
