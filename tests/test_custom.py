@@ -124,8 +124,27 @@ def test_bad_rows_are_named_by_line(rewards, rows, complaint):
 def test_prompts_both_trained_and_held_out_are_refused(rewards):
     with pytest.raises(DataError, match="both in training and held out"):
         make_task("custom", reward="my_rewards:told", data=rewards, eval_data=rewards)
+    rows = [{"prompt": " say 7\n", "id": "other"}, {"prompt": "say 3", "split": "test"}]
+    rows += [{"prompt": [{"role": "user", "content": "say 4"}]}, {"prompt": "say 77"}]
+    other = write_rows(rewards.with_name("eval.jsonl"), rows)
+    with pytest.raises(DataError, match=r"has 3 prompts both in training and held.*as ' say 7.n';"):
+        make_task("custom", reward="my_rewards:told", data=rewards, eval_data=other)
     with pytest.raises(DataError, match="cannot read nowhere"):
         make_task("custom", reward="my_rewards:told", data="nowhere.jsonl")
+
+
+def test_one_prompt_written_in_two_ways_stays_on_one_side(rewards, request):
+    says = [f"say {n}" for n in range(20)]
+    rows = [{"prompt": [{"role": "user", "content": said}]} for said in says]
+    rows += [{"prompt": [{"content": f"{said} ", "role": "user"}]} for said in says]
+    data = write_rows(rewards, rows)
+    task = close_after(make_task("custom", reward="my_rewards:told", data=data), request)
+    trained, held = (
+        {example.prompt[0]["content"].strip() for example in split}
+        for split in (task.train_batch(0, 0, 32), task.held_out(99))
+    )
+    assert len(trained) == 16 and len(held) == 4 and not trained & held
+    assert len(task.held_out(99)) == 8 and task.describe()["train_size"] == 32
 
 
 @pytest.mark.parametrize(

@@ -121,20 +121,15 @@ class PoolTask(Task):
         *,
         evaluation_only: bool = False,
     ) -> None:
-        """Raises DataError where a split is empty or an example is in both; `evaluation_only` lets
-        the training split be empty."""
+        """Raises DataError where a split is empty, or a prompt or problem is in both;
+        `evaluation_only` lets the training split be empty."""
         for split, examples in (("training", train), ("held-out", held_out)):
             if not examples and not (evaluation_only and split == "training"):
                 raise DataError(
                     f"task {self.name!r} has no {split} prompts; give it more data "
                     f"({len(train)} training and {len(held_out)} held-out prompts are there)."
                 )
-        shared = {example.id for example in train} & {example.id for example in held_out}
-        if shared:
-            raise DataError(
-                f"task {self.name!r} has {len(shared)} problems both in training and held out, "
-                f"such as {min(shared)!r}; remove them from one of the two."
-            )
+        _require_apart(self.name, train, held_out)
         self._train = list(train)
         self._held_out = list(held_out)
 
@@ -166,6 +161,38 @@ class PoolTask(Task):
     def _index(self, seed: int, place: int) -> int:
         epoch, within = divmod(place, len(self._train))
         return _permutation(seed, epoch, len(self._train))[within]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """One text for all ways of writing a prompt: a text is one message of the user's, the order of
+    a message's keys does not count, nor does white space around what it says."""
+    if isinstance(prompt, str):
+        return json.dumps(prompt.strip())
+    messages = [{key: _stripped(value) for key, value in turn.items()} for turn in prompt]
+    if len(messages) == 1 and messages[0] == {
+        "role": "user",
+        "content": messages[0].get("content"),
+    }:
+        return json.dumps(messages[0]["content"])
+    return json.dumps(messages, sort_keys=True)
+
+
+def _stripped(value: object) -> object:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _require_apart(name: str, train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """By prompts beside ids: an id may hold what a model never sees, such as a row's number."""
+    prompts = {prompt_key(example.prompt) for example in train}
+    shared = {key: e.prompt for e in held_out if (key := prompt_key(e.prompt)) in prompts}
+    problems = {example.id for example in train} & {example.id for example in held_out}
+    if not shared and not problems:
+        return
+    what, both = ("prompts", [*shared.values()]) if shared else ("problems", sorted(problems))
+    raise DataError(
+        f"task {name!r} has {len(both)} {what} both in training and held out, such as "
+        f"{both[0]!r:.200}; remove them from one of the two."
+    )
 
 
 @lru_cache(maxsize=4)
