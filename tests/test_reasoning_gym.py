@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from esfast.errors import ConfigError
 from esfast.tasks import make_task
 from esfast.tasks.harmless import is_formula
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
@@ -104,3 +108,29 @@ def test_integrals_over_a_capital_letter_are_scored(tmp_path, monkeypatch, score
     known = example.data["answer"]
     assert task.score(example, f"<answer>0 + {known}</answer>").solved
     assert is_formula("2*X + C") and not is_formula("2*N") and not is_formula("XX")
+
+
+def test_problems_do_not_depend_on_the_hashes_of_the_process(tmp_path):
+    code = """
+from esfast.tasks import make_task
+for name in "list_functions isomorphic_strings ransom_note".split():
+    task = make_task(f"reasoning_gym:{name}", size=12)
+    print(task.describe()["digest"], [e.data["answer"] for e in task.train_batch(0, 0, 9)])
+"""
+    seen = set()
+    for seed in "12":
+        cache = str(tmp_path / seed)  # cold: each makes its own
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "ESFAST_CACHE": cache}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert len(done.stdout.splitlines()) == 3
+        seen.add(done.stdout)
+    assert len(seen) == 1
+
+
+def test_problems_that_cannot_be_made_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    (tmp_path / "rows.py").write_text("import sys; sys.exit('out of puzzles')")
+    monkeypatch.setattr("esfast.tasks.reasoning_gym.ROWS", tmp_path / "rows.py")
+    with pytest.raises(ConfigError, match=r"'leg_counting' cannot make .* code 1 .*out of puzzles"):
+        make_task("reasoning_gym:leg_counting", size=10)

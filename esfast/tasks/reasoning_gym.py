@@ -11,7 +11,8 @@ processes of their own, with limits of time and memory (`gym_scorer`): one that 
 costs its answer the failure reward, and the run goes on.
 
 Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON where JSON gives
-them back unchanged.
+them back unchanged. A process with fixed hashes makes them (`gym_rows`), so that they are the same
+in every worker of a run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
+import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -38,6 +42,8 @@ from esfast.whole_file import whole_file
 HELD_OUT_SHARE = 0.2
 SOLVED = 0.99
 SCORER = Path(__file__).with_name("gym_scorer.py")
+ROWS = Path(__file__).with_name("gym_rows.py")
+ROWS_RECIPE = 2  # counted up where other problems are made, so that kept ones are not taken
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # The last part: "**Answer:** 42" closes its emphasis after the colon.
@@ -70,7 +76,7 @@ class ReasoningGym(PooledTask):
         made = _create(dataset, config)
         self._request = {"dataset": dataset, "config": config}
         self._checks = _checks(type(made))
-        rows = _cached_rows(dataset, made, {**options, "seed": problems_seed})
+        rows = _cached_rows(dataset, config)
         examples = {row["question"]: Example(row["question"], row["question"], row) for row in rows}
         held = held_out_keys(examples, HELD_OUT_SHARE)
         held_out = [example for key, example in examples.items() if key in held]
@@ -160,9 +166,9 @@ def _checks(dataset: type) -> list[Callable[[str], bool]]:
     return checks
 
 
-def _cached_rows(name: str, dataset: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _cached_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     version = metadata.version("reasoning-gym")
-    key = json.dumps([name, len(dataset), version, config], sort_keys=True, default=str)
+    key = json.dumps([name, version, config, ROWS_RECIPE], sort_keys=True, default=str)
     path = (
         cache_folder()
         / "reasoning_gym"
@@ -172,13 +178,35 @@ def _cached_rows(name: str, dataset: Any, config: dict[str, Any]) -> list[dict[s
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
-    rows = [dataset[index] for index in range(len(dataset))]
+    rows = _made_rows(name, config)
     try:
         text = json.dumps(to_json(rows))
         if _same(from_json(json.loads(text)), rows):
             _write(path, text)
     except (TypeError, ValueError, OSError):
         pass  # made again next time
+    return rows
+
+
+def _made_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The problems, the same whatever this process's hashes are. Raises ConfigError."""
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROWS)],
+        input=pickle.dumps((name, config)),
+        capture_output=True,
+        check=False,
+        env=environment,
+    )
+    said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+    wrong = f"the process that makes them ended with code {done.returncode} and said: {said[-1]}"
+    rows, wrong = pickle.loads(done.stdout) if done.returncode == 0 else (None, wrong)
+    if rows is None:
+        raise ConfigError(
+            f"reasoning-gym data set {name!r} cannot make its problems: {wrong:.500}. Try other "
+            "options, or another data set."
+        )
     return rows
 
 
