@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import CancelledError
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,4 +328,5 @@ def test_gym_scorers_run_outside_this_process(tmp_path, monkeypatch, request):
 
 def test_problems_travel_unchanged():
     row = {"a": (1, [2, ("x",)]), "b": {0: "zero", (1, 2): {"deep": (None,)}}, "c": True}
+    row["d"] = [Fraction(2, 1), Fraction(-1, 3)]  # gsm_symbolic's
     assert from_json(json.loads(json.dumps(to_json(row)))) == row

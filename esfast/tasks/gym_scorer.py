@@ -4,19 +4,20 @@ the answer, so they run in processes of their own, under the limits of a user's 
 It is loaded by path there: the standard library and reasoning_gym alone, no torch. Importing that
 takes 1.2 s, 3.6 s without kept bytecode, and more on busy cores (first answers missed their 10 s):
 it is part of the process's start, not of an answer's time. Problems travel as JSON, in which
-tuples, and mappings whose keys are no texts, are marked.
+tuples, fractions, and mappings whose keys are no texts, are marked.
 """
 
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 if __name__ == "reward_file":  # as `reward_process.load` names it; the run itself needs no scorers
     import reasoning_gym
 
-TUPLE, PAIRS = "__tuple__", "__pairs__"
+TUPLE, PAIRS, FRACTION = "__tuple__", "__pairs__", "__fraction__"
 
 
 def score(example: dict[str, Any], completion: str) -> float:
@@ -34,7 +35,9 @@ def _dataset(name: str, config: str) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """The value with what JSON would change marked: tuples, and keys that are no texts."""
+    """The value with what JSON would change marked: tuples, fractions, keys that are no texts."""
+    if isinstance(value, Fraction):
+        return {FRACTION: str(value)}
     if isinstance(value, tuple):
         return {TUPLE: [to_json(item) for item in value]}
     if isinstance(value, list):
@@ -53,6 +56,8 @@ def from_json(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {TUPLE}:
             return tuple(from_json(item) for item in value[TUPLE])
+        if value.keys() == {FRACTION}:
+            return Fraction(value[FRACTION])
         if value.keys() == {PAIRS}:
             return {from_json(key): from_json(item) for key, item in value[PAIRS]}
         return {key: from_json(item) for key, item in value.items()}
