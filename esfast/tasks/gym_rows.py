@@ -4,18 +4,24 @@
 
 Some data sets walk over sets, whose order follows the hashes of the process, or draw from Python's
 shared generator: the workers of a run would deal different problems. Here hashes and generator are
-fixed, and end with the process. Pickles, since not all problems are JSON: in (data set's name,
-options), out (problems, None) or (None, what went wrong).
+fixed, and end with the process. JSON: in [data set's name, options], out {"rows": problems as
+`gym_scorer.to_json` marks them} or {"error": what went wrong}.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import random
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import Any
+
+
+def marked(rows: Any) -> Any:
+    """As `to_json` of gym_scorer.py has them, which lies beside this file."""
+    return run_path(str(Path(__file__).with_name("gym_scorer.py")))["to_json"](rows)
 
 
 def rows_of(name: str, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,16 +33,17 @@ def rows_of(name: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def reply(request: bytes) -> bytes:
-    """The pickled answer to a pickled request."""
+def reply(request: bytes) -> str:
+    """The answer to a request, both JSON."""
     try:
-        return pickle.dumps((rows_of(*pickle.loads(request)), None))
+        return json.dumps({"rows": marked(rows_of(*json.loads(request)))})
     except Exception as error:
-        return pickle.dumps((None, f"{type(error).__name__}: {error}"[:500]))
+        return json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path.cwd())  # not the folder of this file, which would shadow modules
-    with os.fdopen(os.dup(1), "wb") as replies:
+    here = str(Path(__file__).parent)
+    sys.path[:] = [entry for entry in sys.path if entry != here]  # it would shadow modules
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)  # what a data set prints is no reply
         replies.write(reply(sys.stdin.buffer.read()))

@@ -10,9 +10,8 @@ answer has to pass `esfast.tasks.harmless` first, else it is worth 0. And all sc
 processes of their own, with limits of time and memory (`gym_scorer`): one that hangs or crashes
 costs its answer the failure reward, and the run goes on.
 
-Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON where JSON gives
-them back unchanged. A process with fixed hashes makes them (`gym_rows`), so that they are the same
-in every worker of a run.
+Making 2000 problems takes up to 17 s, so they are kept in the cache folder as JSON. A process with
+fixed hashes makes them (`gym_rows`), so that they are the same in every worker of a run.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ HELD_OUT_SHARE = 0.2
 SOLVED = 0.99
 SCORER = Path(__file__).with_name("gym_scorer.py")
 ROWS = Path(__file__).with_name("gym_rows.py")
-ROWS_RECIPE = 2  # counted up where other problems are made, so that kept ones are not taken
+ROWS_RECIPE = 3  # counted up where other problems are made, so that kept ones are not taken
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # The last part: "**Answer:** 42" closes its emphasis after the colon.
@@ -179,46 +178,32 @@ def _cached_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         pass
     rows = _made_rows(name, config)
-    try:
-        text = json.dumps(to_json(rows))
-        if _same(from_json(json.loads(text)), rows):
-            _write(path, text)
-    except (TypeError, ValueError, OSError):
-        pass  # made again next time
-    return rows
+    with suppress(OSError):  # made again next time
+        _write(path, json.dumps(rows))
+    return from_json(rows)
 
 
-def _made_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The problems, the same whatever this process's hashes are. Raises ConfigError."""
+def _made_rows(name: str, config: dict[str, Any]) -> Any:
+    """The problems as `gym_scorer.to_json` marks them, the same whatever this process's hashes are.
+    Raises ConfigError."""
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
     done = subprocess.run(
         [sys.executable, str(ROWS)],
-        input=pickle.dumps((name, config)),
+        input=json.dumps([name, config]).encode(),
         capture_output=True,
         check=False,
         env=environment,
     )
     said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
     wrong = f"the process that makes them ended with code {done.returncode} and said: {said[-1]}"
-    rows, wrong = pickle.loads(done.stdout) if done.returncode == 0 else (None, wrong)
-    if rows is None:
+    told = {"error": wrong} if done.returncode else json.loads(done.stdout)
+    if "error" in told:
         raise ConfigError(
-            f"reasoning-gym data set {name!r} cannot make its problems: {wrong:.500}. Try other "
-            "options, or another data set."
+            f"reasoning-gym data set {name!r} cannot make its problems: {told['error']:.500}. Try "
+            "other options, or another data set."
         )
-    return rows
-
-
-def _same(read: Any, written: Any) -> bool:
-    """Equality of types too: JSON turns keys into strings and knows neither sets nor dates."""
-    if type(read) is not type(written):
-        return False
-    if isinstance(read, dict):
-        return read.keys() == written.keys() and all(_same(read[k], written[k]) for k in read)
-    if isinstance(read, (list, tuple)):
-        return len(read) == len(written) and all(map(_same, read, written))
-    return bool(read == written)
+    return told["rows"]
 
 
 def _write(path: Path, text: str) -> None:
