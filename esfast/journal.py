@@ -202,7 +202,7 @@ class JournalWriter:
         temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
         descriptor = _open(temporary, os.O_CREAT | os.O_EXCL)
         try:
-            _lock(descriptor, path)
+            lock(descriptor, f"the journal '{path}'")
             _write(descriptor, data)
             os.fsync(descriptor)
             os.link(temporary, path)  # unlike a rename it never replaces one
@@ -228,7 +228,7 @@ class JournalWriter:
         path = journal_path(run)
         descriptor = _open(path, 0)
         try:
-            _lock(descriptor, path)
+            lock(descriptor, f"the journal '{path}'")
             journal = parse(path.read_bytes(), str(path))
             os.ftruncate(descriptor, journal.whole_bytes)
             os.fsync(descriptor)  # a killed writer may have left its last record unsynced
@@ -370,13 +370,12 @@ def _open(path: Path, flags: int) -> int:
         raise _unwritable(path, error) from None
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def lock(descriptor: int, what: str) -> None:
+    """Until it is closed. StateError, naming `what`, where another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise StateError(
-            f"another process writes the journal '{path}'; wait for it or stop it first."
-        ) from None
+        raise StateError(f"another process writes {what}; wait for it or stop it first.") from None
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -16,7 +16,6 @@ is taken back, so that a full disk costs no line before it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -27,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from esfast.checkpoint import remove_leftovers
-from esfast.errors import ConfigError, DataError, EsfastError, StateError
-from esfast.journal import JOURNAL, JournalWriter
+from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.journal import JOURNAL, JournalWriter, lock
 from esfast.snapshots import SNAPSHOTS
 from esfast.whole_file import whole_file
 
@@ -177,14 +176,8 @@ def alone(path: Path) -> Iterator[None]:
     where one is in. File systems without locks on folders (NFS) are left unguarded."""
     folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                f"another process writes the run '{path}'; wait for it or stop it first."
-            ) from None
-        except OSError:
-            pass
+        with suppress(OSError):
+            lock(folder, f"the run '{path}'")
         yield
     finally:
         os.close(folder)
