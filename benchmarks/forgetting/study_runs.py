@@ -227,7 +227,11 @@ class Runner:
             if self._stopped.is_set():
                 return
             self.note(f"{run.key}: {step.title}")
-            self._process(run, step)
+            try:
+                self._process(run, step)
+            except BaseException:
+                self._stopped.set()  # here: this thread may begin the next run before run_all wakes
+                raise
         after(run, perf_counter() - started)
 
     def _process(self, run: StudyRun, step: Step) -> None:
