@@ -25,7 +25,7 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 PerturbCall perturb_call(int noise, const MemberSpec& member, double scale) {
   const DefaultFloats floats;
-  const Noise kind = static_cast<Noise>(noise);
+  const Noise kind = noise_of(noise);
   return {kind, make_source(kind, member), static_cast<float>(scale)};
 }
 
@@ -40,7 +40,7 @@ uint64_t update(const Table& table, int noise, const std::vector<MemberSpec>& me
                 const std::vector<double>& coefficients, int decay, double strength,
                 bool stochastic, uint64_t rounding_seed, int threads) {
   const DefaultFloats floats;
-  const Noise kind = static_cast<Noise>(noise);
+  const Noise kind = noise_of(noise);
   const Terms terms = make_terms(kind, members, coefficients);
   const UpdateCall call{kind,
                         terms.sources.data(),

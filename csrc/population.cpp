@@ -89,6 +89,15 @@ Terms make_hadamard_terms(std::vector<Term> terms) {
 
 }  // namespace
 
+Noise noise_of(int number) {
+  if (number < 0 || number >= kNoises)
+    throw std::invalid_argument("the core has " + std::to_string(kNoises) +
+                                " noises and got number " + std::to_string(number) +
+                                "; build it again, with a value of Noise in csrc/segments.hpp for "
+                                "each name in NOISES of esfast/members.py");
+  return static_cast<Noise>(number);
+}
+
 Source make_source(Noise noise, const MemberSpec& member) {
   if (noise != Noise::hadamard) return {member.seed, 0u, 0u, 0.0f};
   return {member.seed, member.index / 32u, scalar::hadamard_row(member.index % 32u), 0.0f};

@@ -24,6 +24,9 @@ struct Terms {
 // Where counter word 3 says what a draw is for (docs/noise.md).
 constexpr uint32_t kPurposeSeed = 4u << 24;
 
+// Throws std::invalid_argument for a number that no kernel has, which would leave unwritten memory
+// where the noise should be: Python's NOISES and this build are apart.
+Noise noise_of(int number);
 Source make_source(Noise noise, const MemberSpec& member);
 // Throws std::invalid_argument for Hadamard members of different seeds or too many groups.
 Terms make_terms(Noise noise, const std::vector<MemberSpec>& members,

@@ -12,6 +12,7 @@ namespace esfast {
 
 enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Noise : int32_t { gaussian = 0, rademacher = 1, hadamard = 2 };
+constexpr int kNoises = 3;
 enum class Decay : int32_t { none = 0, l1 = 1, l2 = 2 };
 
 inline int bytes_of(Dtype dtype) {
@@ -39,8 +40,7 @@ struct Chunk {
   uint64_t row, column, columns;
 };
 
-constexpr uint64_t kChunk = 1u << 16;          // elements: 2,052 chunks in a 135M-parameter model
-constexpr uint64_t kCounterSpan = 1ull << 34;  // a span never crosses a carry into counter word 1
+constexpr uint64_t kChunk = 1u << 16;  // elements: 2,052 chunks in a 135M-parameter model
 
 // Splits every segment into chunks of about kChunk elements, cut at canonical multiples of it.
 std::vector<Chunk> split(const std::vector<Segment>& segments);

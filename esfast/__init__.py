@@ -7,8 +7,10 @@ scored well: no gradients, no optimizer state, no stored noise.
 import os
 import sys
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 BEGAN = time.perf_counter()  # of this process, as far as it is esfast's
 
@@ -27,18 +29,20 @@ if find_spec("esfast._core") is None:
     )
 
 from esfast._core import noise_version as NOISE_VERSION
-from esfast.anchor import Anchor
 from esfast.errors import ConfigError, DataError, EsfastError, ParameterError, StateError
-from esfast.evolution import EvolutionStrategy, StepReport
-from esfast.journal import read_journal
-from esfast.live_weights import MemoryUse
-from esfast.members import Member, generation_seed, member_seed, noise
-from esfast.parameters import ParameterTable
-from esfast.replay import keep_journal
-from esfast.segments import Segment
-from esfast.strategy import AnchoredDecay, Strategy, StrategyConfig
-from esfast.update import UpdateReport
-from esfast.weights import Weights
+
+if TYPE_CHECKING:
+    from esfast.anchor import Anchor
+    from esfast.evolution import EvolutionStrategy, StepReport
+    from esfast.journal import read_journal
+    from esfast.live_weights import MemoryUse
+    from esfast.members import Member, generation_seed, member_seed, noise
+    from esfast.parameters import ParameterTable
+    from esfast.replay import keep_journal
+    from esfast.segments import Segment
+    from esfast.strategy import AnchoredDecay, Strategy, StrategyConfig
+    from esfast.update import UpdateReport
+    from esfast.weights import Weights
 
 __version__ = "0.1.0"
 
@@ -67,3 +71,34 @@ __all__ = [
     "noise",
     "read_journal",
 ]
+
+# The other public names, by where they come from: loaded when they are first used, as most need
+# torch, which takes a second that `esfast --help` and a script that reads journals do without.
+_ROOMS = {
+    "anchor": ("Anchor",),
+    "evolution": ("EvolutionStrategy", "StepReport"),
+    "journal": ("read_journal",),
+    "live_weights": ("MemoryUse",),
+    "members": ("Member", "generation_seed", "member_seed", "noise"),
+    "parameters": ("ParameterTable",),
+    "replay": ("keep_journal",),
+    "segments": ("Segment",),
+    "strategy": ("AnchoredDecay", "Strategy", "StrategyConfig"),
+    "update": ("UpdateReport",),
+    "weights": ("Weights",),
+}
+
+if not TYPE_CHECKING:  # which takes a module with it to have any name
+
+    def __getattr__(name: str) -> Any:
+        for room, names in _ROOMS.items():
+            if name in names:
+                found = globals()[name] = getattr(import_module(f"esfast.{room}"), name)
+                return found
+        if name.isidentifier() and find_spec(f"esfast.{name}") is not None:
+            return import_module(f"esfast.{name}")  # esfast.journal without an import of its own
+        raise AttributeError(f"module 'esfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

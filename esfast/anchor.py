@@ -29,6 +29,7 @@ from esfast.segments import DTYPES
 
 _FORMATS = {"F32": (0, 4), "BF16": (1, 2), "F16": (2, 2)}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors format itself
+_NO_HEADER = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _MappedFile:
             header = json.loads(self.bytes[8 : 8 + length].tobytes())
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
             return {name: self._place(name, entry, 8 + length) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _NO_HEADER as error:
             raise self._damaged(f"its header cannot be read ({error})") from error
 
     def _place(
@@ -153,19 +154,23 @@ class Anchor:
     def from_safetensors(cls, path: str | Path, table: ParameterTable) -> Anchor:
         """The tensors of a safetensors file, or of a Hugging Face folder (sharded or not), mapped.
 
-        They may have another dtype than the live weights. Errors (DataError): a missing, damaged or
-        truncated file; a tensor of the table that is absent, or of another shape or dtype.
+        They may have another dtype than the live weights, and lack the first part of their names,
+        as in checkpoints of the model without its head ("wte.weight" for GPT-2's
+        "transformer.wte.weight"), which transformers loads too. Errors (DataError): a missing,
+        damaged or truncated file; a tensor of the table that is absent, or of another shape or
+        dtype.
         """
         files = [_MappedFile(file) for file in weight_files(path)]
         places = {name: (file, *place) for file in files for name, place in file.tensors.items()}
         stored = []
         for segment in table.segments:
-            if segment.name not in places:
+            name = segment.name if segment.name in places else segment.name.partition(".")[2]
+            if name not in places:
                 raise DataError(
                     f"'{path}' has no tensor '{segment.name}' to anchor to; it has {len(places)}, "
                     f"such as {sorted(places)[:3]}. Use the checkpoint that training started from."
                 )
-            file, kind, shape, begin = places[segment.name]
+            file, kind, shape, begin = places[name]
             if kind not in _FORMATS or shape != tuple(segment.shape):
                 raise DataError(
                     f"'{segment.name}' in '{path}' is {kind} of shape {shape}; expected F32, F16 "

@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError, safe_open
 
-from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.errors import ConfigError, DataError, EsfastError, first_line
 from esfast.resources import require_disk
 from esfast.segments import Segment
 from esfast.whole_file import sync
@@ -66,8 +66,10 @@ def weight_files(folder: str | Path) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"'{index}' has no readable weight_map ({error}).") from error
+    if not names:
+        raise DataError(f"'{index}' has an empty weight_map; save or fetch the model again.")
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise DataError(f"'{index}' names files outside its folder; it is not trusted.")
     return sorted(names)
@@ -127,7 +129,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{path} is no whole safetensors file: {_first_line(error)}. Save or fetch the model "
+            f"{path} is no whole safetensors file: {first_line(error)}. Save or fetch the model "
             "again."
         ) from None
 
@@ -152,7 +154,7 @@ def save_model(
                 (fresh / ORIGIN).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError, SafetensorError) as error:
         raise EsfastError(
-            f"the model could not be saved to {target}: {_first_line(error)}. Nothing was changed "
+            f"the model could not be saved to {target}: {first_line(error)}. Nothing was changed "
             f"there; mend that, or save to another folder."
         ) from error
     return target
@@ -223,7 +225,3 @@ def require_replaceable(target: Path) -> None:
 
 def _weights_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

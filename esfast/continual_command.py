@@ -58,7 +58,10 @@ def add_continual_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="tasks, FILE.jsonl with answers, or FILE.jsonl@module:function with a reward",
     )
-    group.add_argument("--task-option", action="append", default=[], metavar="TASK:NAME=VALUE")
+    group.add_argument(
+        "--task-option", action="append", default=[], metavar="TASK:NAME=VALUE",
+        help="such as countdown:max_target=50; repeatable",
+    )  # fmt: skip
     group.add_argument(
         "--generations", default="10", metavar="N,N,N", help="of each stage, or one number for all"
     )

@@ -81,7 +81,15 @@ def _curves(
     axes.set_title(f"{kind}, each task over its own stage's peak", pad=18)
     axes.set(xlabel="generation", ylabel="share of the peak")
     if shown:
+        axes.set_ylim(0, top_of(shown))
         axes.legend(frameon=False, loc="best", fontsize=8)
+
+
+def top_of(tasks: Sequence[Mapping[str, Any]]) -> float:
+    """Where the axis of shares ends: above the curves. The interval of a score near 0, over a peak
+    near 0, reaches to many times the peak, and would flatten every curve."""
+    shares = [p["of_peak"] for task in tasks for p in task["curve"] if p["of_peak"] is not None]
+    return 1.35 * max([1.0, *shares])
 
 
 def _matrix(axes: Any, matrix: Sequence[Mapping[str, Any]], kind: str) -> None:

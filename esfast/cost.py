@@ -63,19 +63,22 @@ class Tokens:
 
 @dataclass
 class Account:
-    """A run's tokens so far; `parameters` of the model, tied ones once. `known`: False where an
-    earlier part of the run, or the engine, did not say how many there were."""
+    """A run's tokens so far; `parameters` of the model, tied ones once. `search`: of prompts that
+    evolve beside the weights (esfast fast-slow), None elsewhere. `known`: False where an earlier
+    part of the run, or the engine, did not say how many there were."""
 
     parameters: int = 0
     training: Tokens = field(default_factory=Tokens)
     evaluation: Tokens = field(default_factory=Tokens)
+    search: Tokens | None = None
     known: bool = True
 
     def counts(self) -> dict[str, Any] | None:
         """What a metrics line holds as "cost"."""
         if not self.known:
             return None
-        return {"training": dict(vars(self.training)), "evaluation": dict(vars(self.evaluation))}
+        parts = {"training": self.training, "evaluation": self.evaluation, "search": self.search}
+        return {name: dict(vars(tokens)) for name, tokens in parts.items() if tokens is not None}
 
     def go_on(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Goes on from the metrics lines of an earlier part of the run."""
@@ -102,6 +105,7 @@ class Account:
             "parameters": self.parameters,
             "training": self.training.record(self.parameters),
             "evaluation": self.evaluation.record(self.parameters),
+            **({"search": self.search.record(self.parameters)} if self.search else {}),
             "prior": prior and Tokens(*prior).record(self.parameters),
             "formula": FORMULA,
         }

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from esfast import _core
-from esfast.errors import ParameterError, StateError
+from esfast.errors import ParameterError, StateError, first_line
 
 _SAMPLE_STRIDE = 16  # every 16th tile tells the size of the first lists to a few per cent
 _SLACK = 1.25  # over the demand seen: the next member's differs, and so does the slabs' order
@@ -51,7 +51,7 @@ def room(count: int, dtype: torch.dtype, device: torch.device, what: str) -> tor
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"{what} needs {count * dtype.itemsize / 1e9:.2f} GB on {device} "
-            f"({str(error).splitlines()[0]}); the weights are restored. Free memory, or lower "
+            f"({first_line(error)}); the weights are restored. Free memory, or lower "
             "sigma or the population."
         ) from None
 

@@ -25,3 +25,10 @@ class DataError(EsfastError, ValueError):
 
 class StateError(EsfastError, RuntimeError):
     """A call that the present state does not allow."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for the middle of a sentence: the first of its lines that
+    says anything, 300 letters at most; its class where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]

@@ -49,9 +49,11 @@ class StepReport:
 class EvolutionStrategy:
     """Drives `Strategy` over `Weights`.
 
-    model: a torch module, or a ParameterTable; memory: "lean", "shadow", "master"; anchor: for
-    decay, by default a copy of the weights as they are now; settings: StrategyConfig's fields. In
-    a model's place an engine's `live_weights` may stand, made with a memory, anchor and threads.
+    model: a torch module, or a ParameterTable; memory: "lean", "shadow", "master" (the last two
+    start from their copy: `es.weights.rebase()` takes what an optimizer or load_state_dict did to
+    the model); anchor: for decay, by default a copy of the weights as they are now; settings:
+    StrategyConfig's fields. In a model's place an engine's `live_weights` may stand, made with a
+    memory, anchor and threads.
     """
 
     def __init__(

@@ -14,6 +14,11 @@ OTHERS = "other reasons"
 ELSEWHERE = "told by the workers that met them, on their standard error"
 
 
+def visible(text: str) -> str:
+    """On one line, with what would move a terminal's cursor, or colour it, written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
+
+
 class Failures:
     """The failed scores of a run; `tell` gets a line for each of the first reasons."""
 
@@ -25,7 +30,9 @@ class Failures:
         """Takes up those that failed. where: such as "a held-out answer"."""
         for score in scores:
             if score.failed:
-                self._take(" ".join(score.feedback.split()) or "no reason was given", where)
+                self._take(
+                    visible(" ".join(score.feedback.split())) or "no reason was given", where
+                )
 
     def elsewhere(self, count: int) -> None:
         """Takes up those of other workers, of which only the number comes here."""

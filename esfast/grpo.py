@@ -27,6 +27,7 @@ import torch
 from esfast.bounds import require_between, require_whole
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.errors import ConfigError, EsfastError
+from esfast.grpo_trl import make_trainer, quietly
 from esfast.held_out import HeldOut
 from esfast.interrupts import Interrupts
 from esfast.loggers import Logger
@@ -205,8 +206,6 @@ class GrpoRun(TrainingRun):
         self._write_samples()
 
     def _optimise(self, resume: Path | None) -> None:
-        from esfast.grpo_trl import make_trainer, quietly
-
         self._tell_memory()
         with quietly():
             trainer = make_trainer(self, self.folder.path / CHECKPOINTS)

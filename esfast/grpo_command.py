@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from esfast.checkpoint import LoadedModel, save_model
+from esfast.checkpoint import save_model
 from esfast.disk_room import require_disk_for_grpo
 from esfast.engines.base import Sampling
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
-from esfast.loggers import LOGGERS, make_loggers, require_packages
+from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
-from esfast.models import DEFAULT_MODEL, load_model
+from esfast.models import DEFAULT_MODEL, without_bars
+from esfast.opening import open_transformers
 from esfast.prior import PriorTasks
 from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance, version
@@ -31,6 +30,7 @@ from esfast.tasks import Task
 from esfast.train_flags import (
     above_zero,
     add_prior_flags,
+    add_run_flags,
     add_task_flags,
     natural,
     not_negative,
@@ -39,9 +39,6 @@ from esfast.train_flags import (
     task_of,
     thread_count,
 )
-
-if TYPE_CHECKING:
-    from esfast.engines.transformers import TransformersEngine
 
 DTYPES = ("float32", "bfloat16")
 TUNED = (
@@ -55,11 +52,13 @@ NOT_TUNED = (
 
 def add_grpo_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast grpo`."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     _add_model_flags(parser.add_argument_group("model"))
     add_task_flags(parser.add_argument_group("task"))
     _add_grpo_flags(parser.add_argument_group("GRPO"))
-    _add_run_flags(parser.add_argument_group("run"))
+    run = parser.add_argument_group("run")
+    run.add_argument("--generations", "--steps", type=positive, default=10, help="batches")
+    add_run_flags(run, prompts=8)
+    run.add_argument("--checkpoint-every", type=natural, default=0, help="generations; 0: never")
     add_prior_flags(parser.add_argument_group("prior tasks"))
 
 
@@ -72,13 +71,13 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         default="float32",
         help="of products of float32 weights",
     )
-    group.add_argument("--device", default="cpu", help="where the model lives")
+    group.add_argument("--device", default="cpu", help="cpu, or cuda")
     group.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     group.add_argument("--batch-size", type=positive, default=64, help="rows decoded together")
 
 
 def _add_grpo_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--learning-rate", type=not_negative, default=3e-5)
+    group.add_argument("--learning-rate", type=not_negative, default=3e-5, help="AdamW's")
     group.add_argument("--group-size", type=positive, default=8, help="completions a prompt")
     group.add_argument("--iterations", type=positive, default=1, help="optimiser steps a batch")
     group.add_argument("--beta", type=not_negative, default=0.0, help="weight of KL to the start")
@@ -86,21 +85,7 @@ def _add_grpo_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=above_zero, default=1.0, help="of the completions")
     group.add_argument("--micro-batch", type=positive, default=16, help="completions a pass")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    group.add_argument("--seed", type=natural, default=0)
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--generations", "--steps", type=positive, default=10)
-    group.add_argument("--prompts", type=positive, default=8, help="a generation")
-    group.add_argument("--fixed-prompts", action="store_true", help="the same every generation")
-    group.add_argument("--max-new-tokens", type=positive, default=None, help="the task's own")
-    group.add_argument("--eval-every", type=positive, default=5, help="generations")
-    group.add_argument("--eval-size", type=positive, default=96, help="held-out prompts at most")
-    group.add_argument("--checkpoint-every", type=natural, default=0, help="generations; 0: never")
-    group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
-    group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
-    group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
+    group.add_argument("--seed", type=natural, default=0, help="of prompts and completions")
 
 
 def run_grpo(args: argparse.Namespace) -> int:
@@ -131,7 +116,7 @@ def _train(
     else:
         description, changes = past.described(description), past.changes
         done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
-    loaded, engine = _model(args)
+    loaded, engine = open_transformers(args)
     require_disk_for_grpo(engine, config, output, done, past is not None)
     require_prompts_fit(engine, task, Dealt(config, config.seed), prior)
     run = GrpoRun(
@@ -139,7 +124,7 @@ def _train(
         task,
         config,
         RunFolder(output, description, changes, done),
-        save_model=lambda path: save_model(loaded, path, made=description),
+        save_model=lambda path: without_bars()(save_model)(loaded, path, made=description),
         loggers=make_loggers(args.log_to, output, description),
         clock=clock,
     )
@@ -150,15 +135,6 @@ def _train(
         result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
     return exit_code(result, output, config.generations, draw=args.plots)
-
-
-def _model(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
-    from esfast.engines.transformers import TransformersEngine
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    return loaded, TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
 
 
 def _config(args: argparse.Namespace, task: Task) -> GrpoConfig:

@@ -23,6 +23,7 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError, safe_open
 
 from esfast.errors import ConfigError, DataError
+from esfast.models import without_bars
 from esfast.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -209,18 +210,12 @@ def quietly() -> Iterator[None]:
     """Without the libraries' progress bars and warnings, such as TRL's that `rollout_func` is
     experimental, and without TRL's report of every run to the hub."""
     from huggingface_hub import constants
-    from transformers.utils import logging as transformers_logging
 
-    library: Any = transformers_logging
-    bars = library.is_progress_bar_enabled()
-    library.disable_progress_bar()
     told = constants.HF_HUB_DISABLE_TELEMETRY
     constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = told
-        if bars:
-            library.enable_progress_bar()

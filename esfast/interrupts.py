@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C or SIGTERM ended."""
+
 
 @dataclass
 class Interrupts:

@@ -199,6 +199,7 @@ class JournalWriter:
         """
         path = Path(path)
         data = encode_header(header)
+        journal = parse(data, str(path))
         temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
         descriptor = _open(temporary, os.O_CREAT | os.O_EXCL)
         try:
@@ -217,7 +218,7 @@ class JournalWriter:
             raise _unwritable(path, error) from None
         finally:
             temporary.unlink(missing_ok=True)
-        return cls(path, descriptor, parse(data, str(path)))
+        return cls(path, descriptor, journal)
 
     @classmethod
     def resume(cls, run: str | Path) -> JournalWriter:
@@ -229,7 +230,13 @@ class JournalWriter:
         descriptor = _open(path, 0)
         try:
             lock(descriptor, f"the journal '{path}'")
-            journal = parse(path.read_bytes(), str(path))
+            data = path.read_bytes()
+            if data.startswith(EXPORT_MAGIC):
+                raise DataError(
+                    f"'{path}' is an exported journal, which is replayed and not continued; name "
+                    f"the run's own {JOURNAL}."
+                )
+            journal = parse(data, str(path))
             os.ftruncate(descriptor, journal.whole_bytes)
             os.fsync(descriptor)  # a killed writer may have left its last record unsynced
         except OSError as error:
@@ -259,10 +266,10 @@ class JournalWriter:
                 "interrupt may have come between the two). Make the run anew from its base and let "
                 "it go on from the journal."
             )
-        kind, payload = encode(record)
         try:
+            kind, payload = encode(record)
             decode(kind, payload, self.header.config)
-        except ValueError as error:
+        except (ValueError, struct.error) as error:
             raise StateError(
                 f"generation {record.generation} cannot be recorded, and was not: {error}."
             ) from None

@@ -1,6 +1,7 @@
 """Sends a run's numbers to TensorBoard or trackio, through their own packages.
 
-Nothing is imported unless it is asked for.
+Nothing is imported unless it is asked for, and nothing is opened before the first numbers, whose
+generation says whether they begin a run (0) or go on with one.
 """
 
 from __future__ import annotations
@@ -23,44 +24,61 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and end."""
+        """End; there may have been no numbers."""
         ...
 
 
 class TensorBoardLogger:
-    """Event files in the run folder's `tensorboard`; read them with `tensorboard --logdir`."""
+    """Event files in the run folder's `tensorboard`; read them with `tensorboard --logdir`.
+
+    What an earlier part of the run logged from the first generation on (of `esfast grpo`, which
+    goes on from a checkpoint) is not shown any more.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder / "tensorboard"
+        self._writer: Any = None
 
     def log(self, generation: int, numbers: Mapping[str, float]) -> None:
-        """One scalar a name."""
+        """One scalar a name, in the file when this returns: a process may be killed."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=generation)
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, generation)
+        self._writer.flush()
 
     def close(self) -> None:
-        """Flush the event file."""
-        self._writer.close()
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class TrackioLogger:
-    """A run of the trackio project "esfast", named after the run folder."""
+    """A run of the trackio project "esfast", named after the run folder; with `--resume` the same.
+
+    Generations that `esfast grpo` repeats from its checkpoint are there twice.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(project="esfast", name=folder.name, config=dict(config))
+        self._name, self._config = folder.name, dict(config)
+        self._trackio: Any = None
 
     def log(self, generation: int, numbers: Mapping[str, float]) -> None:
         """One step."""
+        if self._trackio is None:
+            import trackio
+
+            self._trackio = trackio
+            resume = "allow" if generation else "never"
+            trackio.init(project="esfast", name=self._name, config=self._config, resume=resume)
         self._trackio.log(dict(numbers), step=generation)
 
     def close(self) -> None:
         """End the run."""
-        self._trackio.finish()
+        if self._trackio is not None:
+            self._trackio.finish()
 
 
 def require_packages(names: Sequence[str]) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-import esfast
-
 GENERATION = "generation"
 SCORING = "scoring"
 PERTURB = "perturb and restore"
@@ -27,6 +25,7 @@ RECORDS = "records"
 SETUP = "setup"
 FINISH = "finish"
 PRIOR_TASKS = "prior tasks"
+PROMPT_SEARCH = "prompt search"
 OPTIMISATION = "optimisation"
 EVALUATION = "evaluation"
 
@@ -80,14 +79,6 @@ class Clock:
         total = sum(spent.values())
         inside = sum(spent[name] for name in names if name in INSIDE)
         return 1.0 - inside / total if total > 0 else 0.0
-
-
-def seconds_since_import() -> float:
-    """Since esfast was imported: importing torch and transformers takes seconds.
-
-    Not the process's age: a shell that ends with `esfast train` hands its process over.
-    """
-    return time.perf_counter() - esfast.BEGAN
 
 
 def reset_peak() -> bool:

@@ -120,10 +120,11 @@ def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0)
     given = shape if isinstance(shape, Sequence) else (shape,)
     dimensions, start = [whole(n) for n in given], whole(first)
     sizes = [n for n in dimensions if n is not None and n >= 0]
-    if len(sizes) < len(dimensions) or start is None or not 0 <= start < 2**64:
+    known = len(sizes) == len(dimensions) and start is not None and 0 <= start < 2**64
+    if start is None or not known or start + math.prod(sizes) > 2**64:
         raise ConfigError(
             f"noise was asked for shape {shape!r} from index {first!r}; both are whole numbers "
-            "from 0 on."
+            "from 0 on, and indices end at 2**64."
         )
     spec, number = require_member(member).spec, member.noise_number
     values = _core.reveal(number, spec, tensor_id(name), start, math.prod(sizes))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from esfast.checkpoint import LoadedModel, stored_shapes
-from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.errors import ConfigError, DataError, EsfastError, first_line
 from esfast.resources import readable, require_memory
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -97,7 +97,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the hub's own errors, the network's, the disk's
         raise EsfastError(
             f"the model {name!r} is no folder here and could not be had from the Hugging Face hub: "
-            f"{_first_line(error)}. Check the spelling and the network (a gated model also needs "
+            f"{first_line(error)}. Check the spelling and the network (a gated model also needs "
             f"`hf auth login`), or give a folder or {DEFAULT_MODEL!r}."
         ) from None
 
@@ -119,7 +119,7 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         raise ConfigError(
-            f"device {str(device)!r} cannot be used: {_first_line(error)}. This machine has 'cpu' "
+            f"device {str(device)!r} cannot be used: {first_line(error)}. This machine has 'cpu' "
             f"and {count} CUDA device{'' if count == 1 else 's'}."
         ) from None
     if target.type == "meta":
@@ -161,7 +161,7 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except Exception as error:  # a model that its library refuses, in whatever way
         raise DataError(
             f"{folder} ({_kind(folder)}) cannot be loaded as a causal language model: "
-            f"{_first_line(error)}. Expected what AutoModelForCausalLM of transformers loads."
+            f"{first_line(error)}. Expected what AutoModelForCausalLM of transformers loads."
         ) from None
     wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
     if wrong:
@@ -186,7 +186,7 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"{folder} has no tokenizer that transformers loads: {_first_line(error)}. Save one "
+            f"{folder} has no tokenizer that transformers loads: {first_line(error)}. Save one "
             f"there with tokenizer.save_pretrained."
         ) from None
 
@@ -194,7 +194,7 @@ def _tokenizer(folder: Path) -> Any:
 def _kind(folder: Path) -> str:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return "its config.json is no JSON object"
     return f"model_type {kind!r}"
 
@@ -223,23 +223,31 @@ def _require_finite(model: torch.nn.Module, folder: Path) -> None:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which would stand among a command's own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    library: Any = transformers_logging
+    bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            library.enable_progress_bar()
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without the library's progress bars and warnings: what matters is raised."""
     from transformers.utils import logging as transformers_logging
 
     library: Any = transformers_logging
 
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    level = library.get_verbosity()
     library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]

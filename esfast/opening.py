@@ -1,4 +1,4 @@
-"""From the flags of `esfast train` to an engine over a loaded model."""
+"""From the flags of `esfast train` and `esfast grpo` to an engine over a loaded model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from esfast.anchor import Anchor
-from esfast.checkpoint import save_model
+from esfast.checkpoint import LoadedModel, save_model
 from esfast.engines.base import Engine
 from esfast.errors import ConfigError
 from esfast.launch.torchrun import under_torchrun
-from esfast.models import load_model, model_folder
+from esfast.models import load_model, model_folder, without_bars
 from esfast.train_flags import option
+
+if TYPE_CHECKING:
+    from esfast.engines.transformers import TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,22 @@ def _require_no_vllm_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _transformers(args: argparse.Namespace) -> Opened:
+def open_transformers(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
+    """The model that the flags name, and the engine over it."""
     from esfast.engines.transformers import TransformersEngine
 
-    _require_no_vllm_flags(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    engine = TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
+    return loaded, TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
+
+
+def _transformers(args: argparse.Namespace) -> Opened:
+    _require_no_vllm_flags(args)
+    loaded, engine = open_transformers(args)
     anchor = _anchor(args, loaded.folder)
     if args.anchor_model is not None:
         Anchor.from_safetensors(anchor, engine.table())  # one that does not fit: before a folder
-    return Opened(engine, anchor, lambda path, made: save_model(loaded, path, made=made))
+    return Opened(
+        engine, anchor, lambda path, made: without_bars()(save_model)(loaded, path, made=made)
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -83,9 +83,17 @@ def _pieces(number: int, segment: Segment) -> list[Piece]:
     return pieces
 
 
-def _selected(name: str, include: Iterable[str] | None, exclude: Iterable[str] | None) -> bool:
+def _selected(name: str, include: Collection[str] | None, exclude: Collection[str] | None) -> bool:
     wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+
+
+def _require_patterns(what: str, given: object) -> None:
+    """A text is a sequence of letters too, and its `*` alone would match every name."""
+    if given is not None and (isinstance(given, str) or not isinstance(given, Collection)):
+        raise ParameterError(
+            f"{what}={given!r} is no list of patterns; give such as {what}=['*.mlp.*']."
+        )
 
 
 class ParameterTable:
@@ -128,8 +136,8 @@ class ParameterTable:
     def from_module(
         cls,
         module: torch.nn.Module,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: Collection[str] | None = None,
+        exclude: Collection[str] | None = None,
     ) -> ParameterTable:
         """A module's parameters (tied ones once), filtered by shell patterns on their names.
 
@@ -138,6 +146,8 @@ class ParameterTable:
         exclude=["*.embed_tokens.*"] drops. `requires_grad` is not looked at: nothing here has
         gradients, and inference code clears it on every weight.
         """
+        _require_patterns("include", include)
+        _require_patterns("exclude", exclude)
         stored = stored_tensors(module).items()
         table = cls.from_tensors(
             require_live({n: t for n, t in stored if _selected(n, include, exclude)})

@@ -1,6 +1,7 @@
 """What a run shows while it goes: a line a generation, and on a terminal a bar below them.
 
-Piped, the lines are all there is; nothing is drawn over.
+Piped, the lines are all there is; nothing is drawn over. On a narrow terminal a line leaves out
+what the bar or the end of the run says as well, and the bar its bar.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from esfast.held_out import HeldOut
+
+NARROW = 64  # columns, below which the bar itself would be a few cells
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,11 @@ class RunProgress:
         self._generations = generations
         self._members = members
         self._seconds: list[float] = []
+        doing, share = TextColumn("{task.description}"), TextColumn("{task.percentage:3.0f} %")
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        wide = (doing, BarColumn(bar_width=None), share, *times)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *(wide if self.console.width >= NARROW else (doing, share)),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -91,12 +92,13 @@ class RunProgress:
             f"reward {report.reward_mean:.3f} ± {report.reward_spread:.3f}",
             f"held-out {held_out.mean:.3f}" if held_out is not None else " " * 14,
             f"{report.tokens_per_second:5.0f} tokens/s",
-            f"outside {100 * report.outside_share:4.1f} %",
-            f"left {self._left(report.generation)}",
         ]
-        if report.failed_rewards:
-            parts.append(f"{report.failed_rewards} rewards failed")
-        self.note("  ".join(parts))
+        failed = [f"{report.failed_rewards} rewards failed"] if report.failed_rewards else []
+        outside = f"outside {100 * report.outside_share:4.1f} %"
+        line = "  ".join([*parts, outside, f"left {self._left(report.generation)}", *failed])
+        if self.console.is_terminal and len(line) > self.console.width:
+            line = "  ".join([*parts, *failed])
+        self.note(line)
 
     def _left(self, generation: int) -> str:
         """Minutes and seconds at the pace of the last five generations."""

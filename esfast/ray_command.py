@@ -6,16 +6,15 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esfast.errors import ConfigError
+from esfast.launch.ray import Making, RayFleet
+from esfast.launch.ray_actor import Hosted
+from esfast.launch.ray_cluster import Cluster, Share
 from esfast.launch.torchrun import under_torchrun
 from esfast.opening import Opened, open_engine
 from esfast.train_flags import strategy_of
-
-if TYPE_CHECKING:
-    from esfast.launch.ray_actor import Hosted
-    from esfast.launch.ray_cluster import Cluster, Share
 
 EXECUTOR = "distributed_executor_backend"
 PLAIN = (str, int, float, bool, type(None), list)  # what of the flags an actor may be sent
@@ -38,9 +37,6 @@ def open_fleet(args: argparse.Namespace, journal: Path) -> Opened:
 
     journal: where the run's is, or will be. ConfigError where Ray is not there or has too little.
     """
-    from esfast.launch.ray import Making, RayFleet
-    from esfast.launch.ray_cluster import Cluster
-
     engines = args.engines or 1
     cluster = Cluster()
     try:
@@ -56,8 +52,6 @@ def open_fleet(args: argparse.Namespace, journal: Path) -> Opened:
 def _share(args: argparse.Namespace, cluster: Cluster, engines: int) -> Share:
     """All cores of the cluster between the engines, or --threads for each worker; vLLM takes a GPU
     a worker where the cluster has any, another engine where --device says so."""
-    from esfast.launch.ray_cluster import Share
-
     vllm = args.engine == "vllm"
     workers = args.tensor_parallel_size if vllm else 1
     if (vllm and cluster.has("GPU")) or args.device.startswith("cuda"):
@@ -90,8 +84,6 @@ def _arguments(args: argparse.Namespace, share: Share) -> dict[str, Any]:
 
 def hosted(arguments: Mapping[str, Any]) -> Hosted:
     """What an actor of this run holds; called there."""
-    from esfast.launch.ray_actor import Hosted
-
     args = argparse.Namespace(**arguments)
     opened = open_engine(args)
     return Hosted(opened.engine, strategy_of(args), opened.anchor, opened.save)

@@ -9,6 +9,7 @@ Gaussian update (population 30, one core) memory takes 0.06: there is nothing to
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from esfast.journal_format import (
     SegmentRecord,
     TensorSpec,
 )
+from esfast.members import whole
 from esfast.parameters import ParameterTable
 from esfast.snapshots import load_snapshot
 from esfast.stored_names import require_live, stored_tensors
@@ -41,8 +43,15 @@ def header_of(
 ) -> JournalHeader:
     """The header of a journal that starts from `es` as it is now, at generation 0.
 
-    run: JSON of the run's own (a resumed run compares it); checksum_every: generations.
+    run: JSON of the run's own (a resumed run compares it); checksum_every: generations. ConfigError
+    where they are not.
     """
+    every = whole(checksum_every)
+    if every is None or every < 1:
+        raise ConfigError(
+            f"checksum_every is {checksum_every!r}; it is a whole number of generations, 1 or more."
+        )
+    _require_json(run)
     if es.generation:
         raise StateError(
             f"a journal starts at generation 0, and this run is at {es.generation}; keep the "
@@ -55,9 +64,19 @@ def header_of(
         config=es.config,
         master=es.weights.memory == "master",
         anchor_checksum=es.weights.anchor_checksum() if es.config.decay is not None else None,
-        checksum_every=checksum_every,
+        checksum_every=every,
         run=run or {},
     )
+
+
+def _require_json(run: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(dict(run or {}), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"what a journal should hold of the run is no JSON ({error}); give a dict of texts, "
+            "numbers, lists and dicts."
+        ) from None
 
 
 def usual_dtype(header: JournalHeader) -> torch.dtype:
@@ -102,6 +121,7 @@ def _shown(tensor: TensorSpec | None) -> str:
 def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
     """DataError where `es` does not hold the weights and anchor that the journal starts from."""
     _require_tensors(header, es.weights.specs())
+    es.weights.restore()
     base, anchor = es.weights.checksum(), _anchor_checksum(header, es)
     if base != header.base_checksum:
         raise DataError(
@@ -167,8 +187,10 @@ def replay(
 
     verify: compares every recorded checksum on the way (a reading pass each). after: called with
     the generations done. Returns how many checksums were compared. Raises ConfigError for an
-    `until` that the journal does not reach, StateError for a checksum that differs.
+    `until` that the journal does not reach or settings that are not its own, StateError for a
+    checksum that differs.
     """
+    require_settings(journal.header, es)
     done = len(journal.generations)
     last = done if until is None else until
     if not es.generation <= last <= done:
@@ -235,6 +257,7 @@ def keep_journal(
     settings that differ, DataError for another model or a damaged journal, StateError where another
     process writes it.
     """
+    _require_json(run)
     if not journal_path(path).exists():
         es.journal = JournalWriter.create(journal_path(path), header_of(es, run, checksum_every))
         return es.journal
@@ -262,6 +285,6 @@ def require_settings(header: JournalHeader, es: EvolutionStrategy) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"the run cannot go on with {', '.join(changed)}: its result would be another. Give "
-            "the settings that it started with, or start a new run."
+            f"the journal cannot be followed with {', '.join(changed)}: its result would be "
+            "another. Give the settings that it started with, or start a new run."
         )

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from esfast.checkpoint import save_model
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
+from esfast.failures import visible
 from esfast.journal import Journal, export_journal, journal_path, read_journal
 from esfast.journal_format import JournalHeader
-from esfast.models import load_model, model_folder
+from esfast.models import load_model, model_folder, without_bars
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
 from esfast.run_folder import require_free
@@ -84,7 +85,8 @@ def run_replay(args: argparse.Namespace) -> int:
         _tell_unread_anchor(console, es, args.anchor_model)
     compared = _with_bar(console, es, journal, until, args.verify)
     checksum = es.weights.checksum()
-    folder = save_model(loaded, args.output, _made(args, journal, until, checksum))
+    with without_bars():
+        folder = save_model(loaded, args.output, _made(args, journal, until, checksum))
     checked = f", {compared} recorded checksums compared" if args.verify else ""
     _say(console, f"{until} generations replayed{checked}; weights {checksum} in {folder}")
     return 0
@@ -117,8 +119,8 @@ def run_export(args: argparse.Namespace) -> int:
     size = export_journal(journal, args.output, {"model": name})
     _say(
         Console(),
-        f"{len(journal.generations)} generations in {args.output}: {size} bytes, against "
-        f"{_weights_bytes(journal.header)} of weights. It names its base model ({name}) and the "
+        f"{len(journal.generations)} generations in {args.output}: {size:,} bytes, against "
+        f"{_weights_bytes(journal.header):,} of weights. It names its base model ({name}) and the "
         "base's checksum; esfast apply needs both files.",
     )
     return 0
@@ -149,4 +151,4 @@ def _made(args: argparse.Namespace, journal: Journal, until: int, checksum: str)
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

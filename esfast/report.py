@@ -11,14 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from esfast import plots
+from esfast.failures import visible
 from esfast.held_out import HeldOut
+from esfast.interrupts import INTERRUPTED
 from esfast.measure import FINISH, LOOP, SETUP
 from esfast.prior.scores import KINDS
 from esfast.training_run import SAMPLES_SHOWN, TrainResult
 
 LONGEST_SHOWN = 200
 REASONS_SHOWN = 3
-INTERRUPTED = 130
 
 
 def print_result(console: Console, result: TrainResult, folder: Path) -> None:
@@ -114,6 +115,7 @@ def _cost_lines(result: TrainResult) -> list[str]:
         )
     if result.cost is not None:
         lines += [_account_line(result.cost["training"]), _measuring_line(result.cost)]
+        lines += [_search_line(part) for name, part in result.cost.items() if name == "search"]
     if result.failed_rewards:
         lines.append(f"failed rewards  {result.failed_rewards} (each got the failure reward)")
     for failure in result.failures[:REASONS_SHOWN]:
@@ -126,6 +128,13 @@ def _account_line(training: Mapping[str, int]) -> str:
         f"training cost   {training['prompt']:,} prompt and {training['generated']:,} generated "
         f"tokens, {training['backward']:,} backward; {training['forward_flops'] / 1e12:.3g} TFLOP "
         f"forward, {training['backward_flops'] / 1e12:.3g} backward"
+    )
+
+
+def _search_line(search: Mapping[str, int]) -> str:
+    return (
+        f"prompt search   {search['prompt']:,} prompt and {search['generated']:,} generated "
+        f"tokens, {search['forward_flops'] / 1e12:.3g} TFLOP, beside the training cost"
     )
 
 
@@ -144,8 +153,7 @@ def _measuring_line(cost: Mapping[str, Any]) -> str:
 
 
 def _shown(text: str) -> str:
-    """On one line, with what would move a terminal's cursor written out."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip())
+    line = visible(text)
     return line if len(line) <= LONGEST_SHOWN else line[: LONGEST_SHOWN - 3] + "..."
 
 

@@ -58,3 +58,12 @@ def _require_writable(output: Path) -> None:
         )
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {output} is in a folder that is not there; make it first.")
+    if output.is_file() and not _is_page(output):
+        raise ConfigError(
+            f"--output {output} is there already and no report; give another name, or remove it."
+        )
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(14).lower() in (b"<!doctype html", b"")  # or empty, as mktemp makes it

@@ -20,7 +20,7 @@ from esfast.run_folder import read_config
 # change how an engine sums, which another machine may as well.
 MAY_CHANGE = frozenset(
     (
-        *("checkpoint_every",),
+        *("checkpoint_every", "cycles"),
         *("generations", "eval_every", "eval_size", "snapshot_every", "plots", "log_to"),
         *("threads", "reward_workers", "model", "data", "eval_data", "launcher", "engines"),
         *("prior_tasks", "prior_every", "prior_path", "anchor_model"),
@@ -117,7 +117,7 @@ def _require_allowed(changed: Mapping[str, Any], flags: Mapping[str, Any]) -> No
         refused.remove("memory")  # lean and shadow give the same bits
     if refused:
         shown = ", ".join(f"{_flag(n)} {changed[n]} (it has {flags.get(n)})" for n in refused)
-        may = ", ".join(_flag(name) for name in sorted(allowed))
+        may = ", ".join(_flag(name) for name in sorted(allowed & flags.keys()))
         raise ConfigError(
             f"the run cannot go on with {shown}: its result would be another. What may change is "
             f"{may}; for anything else start a new run."

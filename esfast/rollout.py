@@ -132,9 +132,9 @@ class Rollout:
         self, es: EvolutionStrategy, batch: list[Example], sampling: Sampling
     ) -> Generator[tuple[int, Sequence[Completion]], None, None]:
         """The members that fall to this worker, by number, each with its completions."""
-        prompts = [example.prompt for example in batch]
         generation, size = es.generation, self.config.strategy.population_size
         if isinstance(self.engine, Fleet):
+            prompts = [example.prompt for example in batch]
             for answers in self.engine.members(generation, size, prompts, sampling):
                 spent = {PERTURB: answers.perturb_seconds, GENERATING: answers.generate_seconds}
                 self.clock.share(spent)
@@ -144,7 +144,7 @@ class Rollout:
         for member in es.population(self.workers.deal(generation, size)):
             self.engine.weights_changed()
             self.clock.lap(PERTURB)
-            completions = self.engine.generate(prompts, sampling)
+            completions = self.complete(order[member], batch, sampling)
             self.clock.lap(GENERATING)
             yield order[member], completions
 
@@ -152,6 +152,12 @@ class Rollout:
         """The generation's prompts."""
         dealt = 0 if self.config.fixed_prompts else generation
         return self.task.train_batch(self.config.strategy.seed, dealt, self.config.prompts)
+
+    def complete(
+        self, number: int, batch: Sequence[Example], sampling: Sampling
+    ) -> list[Completion]:
+        """What member `number` of the population, which is applied, answers to the batch."""
+        return self.engine.generate([example.prompt for example in batch], sampling)
 
     def sampling(self, generation: int) -> Sampling:
         """All members of a generation share the sampling's random numbers."""

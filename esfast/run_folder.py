@@ -2,6 +2,7 @@
 
     config.json         settings, and how the run was made
     metrics.jsonl       a line a generation: rewards, held-out scores, tokens, seconds
+    prompts.jsonl       a line a cycle of esfast fast-slow: the prompts that evolved
     pending.json        such a line while its generation is written down and evaluated
     journal.esj         all that moved the weights, synced before they move (docs/journal.md)
     snapshots/          the newest snapshot, which shortens a resume; never required
@@ -19,17 +20,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from esfast.checkpoint import remove_leftovers
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.journal import JOURNAL, JournalWriter, lock
 from esfast.snapshots import SNAPSHOTS
-from esfast.whole_file import whole_file
+from esfast.whole_file import sync, whole_file
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -38,6 +40,8 @@ SAMPLES = "samples.json"
 SUMMARY = "summary.json"
 PLOTS = "plots"
 MODEL = "model"
+NO_JSON = (ValueError, RecursionError)
+"""What `json.loads` raises: the other for a hundred thousand brackets."""
 IDENTITY = ("model", "dtype", "task", "settings")
 """What of config.json a journal's header repeats."""
 
@@ -70,8 +74,8 @@ class RunFolder:
         self._config, self._done = config, done
         if changes is None:
             _make(path)
-            _claim(path / CONFIG)
-            self.begin()
+            _claim(path / CONFIG, config)
+            self.begun = True
         elif self.journal_path.exists():  # a run may be stopped before its first generation
             self.journal = JournalWriter.resume(self.journal_path)
 
@@ -83,6 +87,8 @@ class RunFolder:
         self.begun = True
         (self.path / SUMMARY).unlink(missing_ok=True)
         remove_leftovers(self.model)
+        for left in [*self.path.glob(".*.tmp"), *self.snapshots.glob(".*.tmp")]:  # of killed ones
+            left.unlink(missing_ok=True)
         self._keep_metrics(self._done if self.journal is None else self.journal.generation)
         self.write(CONFIG, self._config)
 
@@ -116,8 +122,7 @@ class RunFolder:
 
     def complete_metrics(self, record: Mapping[str, Any]) -> None:
         """The last line of metrics.jsonl anew, with what it lacked."""
-        lines = [*self.lines()[:-1], record]
-        self._replace(METRICS, b"".join(_json(line) + b"\n" for line in lines))
+        self.write_lines(METRICS, [*self.lines()[:-1], record])
 
     def pend(self, record: Mapping[str, Any]) -> None:
         """Keeps a line of metrics.jsonl before its generation is in the journal, for a run that is
@@ -142,6 +147,10 @@ class RunFolder:
         """The JSON file `name`, replaced at once."""
         self._replace(name, _json(content, indent=1) + b"\n")
 
+    def write_lines(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """The JSONL file `name`, replaced at once."""
+        self._replace(name, b"".join(_json(record) + b"\n" for record in records))
+
     def _replace(self, name: str, data: bytes) -> None:
         with whole_file(self.path / name) as file:
             file.write(data)
@@ -158,16 +167,23 @@ def _make(path: Path) -> None:
         ) from None
 
 
-def _claim(config: Path) -> None:
-    """A new run's alone: of two that make one folder at the same moment, one is refused."""
+def _claim(config: Path, content: Mapping[str, Any]) -> None:
+    """A new run's alone: of two that make one folder at the same moment, one is refused. There with
+    all of it or not at all: an empty one could neither go on nor be begun anew."""
+    own = config.with_name(f".{config.name}.{uuid4().hex[:12]}.tmp")
     try:
-        config.touch(exist_ok=False)
+        with whole_file(own) as file:
+            file.write(_json(content, indent=1) + b"\n")
+        os.link(own, config)  # unlike a rename it never replaces one
+        sync(config.parent)
     except FileExistsError:
         raise ConfigError(
             f"{config.parent} has just become another run's; give another folder with --output."
         ) from None
     except OSError as error:
         raise _unwritable(config, error) from None
+    finally:
+        own.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -238,10 +254,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is damaged ({error}).") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # U+2028 ends a line to splitlines
+        if not line:
+            continue
         try:
             yield _of_kind(json.loads(line), dict)
-        except ValueError as error:
+        except NO_JSON as error:
             raise DataError(f"{path} line {number} is damaged ({error}).") from None
 
 
@@ -258,7 +276,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return _of_kind(json.loads(path.read_text(encoding="utf-8")), kind)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-    except ValueError as error:
+    except NO_JSON as error:
         raise DataError(f"{path} is damaged ({error}).") from None
 
 
@@ -272,7 +290,7 @@ def _generation_of(line: bytes) -> float:
     """A metrics line's generation; infinite for a damaged one, which a resumed run drops."""
     try:
         return float(json.loads(line)["generation"])
-    except (ValueError, KeyError, TypeError):
+    except (*NO_JSON, KeyError, TypeError):
         return math.inf
 
 

@@ -90,8 +90,21 @@ def _check_tensor(segment: Segment) -> None:
             "no addresses to edit. Load its weights first, or exclude it with exclude=[...]."
         )
     _check_device(name, tensor.device)
+    if not _addressable(tensor):
+        raise ParameterError(
+            f"'{name}' is a {type(tensor).__name__} that wraps other tensors and has no memory of "
+            "its own to edit. Give the tensor that holds its elements (of a DTensor, a Segment "
+            "with .to_local()), or exclude it with exclude=[...]."
+        )
     if tensor.is_conj() or tensor.is_neg():
         raise ParameterError(f"'{name}' is a lazily negated view; call .resolve_neg() first.")
+
+
+def _addressable(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # inside torch.func's transforms
+        return False
 
 
 def _check_device(name: str, device: torch.device) -> None:

@@ -42,7 +42,8 @@ def as_rewards(rewards: ArrayLike) -> np.ndarray:
         return np.array(given, dtype=np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # torch's is the last
         raise DataError(
-            f"the rewards are not numbers ({error}); give one a member, or a matrix of them."
+            f"the rewards are not numbers ({error}); give one a member, a float as reward.item() "
+            "of a tensor is, or a matrix of them."
         ) from error
 
 

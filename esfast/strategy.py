@@ -68,8 +68,9 @@ class AnchoredDecay:
         For l2 alpha * lambda decides, 5e-3: the time constant is 1 / (alpha * lambda) generations.
         For l1 it is the pull over a step of the walk, lambda * sqrt(N), 0.055, whatever alpha is:
         the time constant is 2 / (lambda^2 * N) generations (docs/forgetting.md derives both).
-        ConfigError as of the constructor.
+        ConfigError as of the constructor, and of StrategyConfig for the other two.
         """
+        StrategyConfig(alpha=alpha, population_size=population_size)
         weight = PAPER_L1 / math.sqrt(population_size) if kind == "l1" else PAPER_L2 / alpha
         return cls(kind, weight)
 

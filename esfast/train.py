@@ -41,7 +41,7 @@ from esfast.resources import readable
 from esfast.rollout import Earned, Rollout, TrainConfig, strategy_over
 from esfast.run_folder import RunFolder
 from esfast.snapshots import save_snapshot
-from esfast.tasks.base import Task
+from esfast.tasks.base import Example, Task
 from esfast.training_run import TrainingRun, TrainResult
 
 
@@ -138,7 +138,7 @@ class Trainer(TrainingRun):
         held_out = self._evaluate_if_due(done) if last.get("held_out") is None else None
         if kept is None and held_out is None:
             return
-        counted = {"held_out": held_out and held_out.record(), "cost": self.account.counts()}
+        counted = {**self._evaluated(held_out), "cost": self.account.counts()}
         write = self.folder.complete_metrics if kept is None else self.folder.add_metrics
         write({**last, **counted})
 
@@ -234,9 +234,12 @@ class Trainer(TrainingRun):
             self.progress.note(f"{error} The run goes on: its journal is enough to resume.")
 
     def _evaluate(self, generation: int) -> HeldOut:
+        return self._answered(generation, self._held_out)
+
+    def _answered(self, generation: int, examples: Sequence[Example]) -> HeldOut:
         self.progress.doing("held-out prompts")
         started = dict(self.clock.seconds)
-        scores, texts, spent = self.rollout.answers(list(self._held_out), self._greedy)
+        scores, texts, spent = self.rollout.answers(list(examples), self._greedy)
         self.clock.move((GENERATION, SCORING), EVALUATION, started)
         self.account.read(self.account.evaluation, spent.read, spent.tokens)
         return HeldOut(generation, tuple(scores), tuple(texts))

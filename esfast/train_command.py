@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,33 @@ SEED_DERIVATION = (
 )
 
 
+class TrainJob:
+    """What `run_job` takes from `esfast train`; a command that trains with evolution strategies in
+    another way overrides it. method: as config.json names that way, and the run's folder."""
+
+    method: str | None = None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The flags of the command."""
+        add_train_arguments(parser)
+
+    def task(self, args: argparse.Namespace) -> Task:
+        """The task that the flags name. Raises ConfigError, DataError."""
+        return task_of(args)
+
+    def config(self, args: argparse.Namespace, task: Task) -> TrainConfig:
+        """The settings that the flags name. Raises ConfigError."""
+        return config_of(args, strategy_of(args), task)
+
+    @contextmanager
+    def trainer(
+        self, args: argparse.Namespace, config: TrainConfig, task: Task
+    ) -> Iterator[Callable[..., Trainer]]:
+        """What makes the trainer, with `Trainer`'s arguments. Raises ConfigError and DataError for
+        what no model is needed to refuse."""
+        yield Trainer
+
+
 def run_train(args: argparse.Namespace) -> int:
     """The run; returns the exit code. What can be refused is refused before a model is loaded."""
     past = resumed(args, add_train_arguments) if args.resume is not None else None
@@ -55,23 +82,25 @@ def run_job(
     args: argparse.Namespace,
     past: PastRun | None,
     prior_tasks: Callable[[argparse.Namespace], PriorTasks],
+    job: TrainJob | None = None,
 ) -> int:
     """One training with the flags of `args`; past: of a run that goes on. Returns the exit code.
 
-    prior_tasks: what makes the prior tasks of the run's flags.
+    prior_tasks: what makes the prior tasks of the run's flags; job: where it is not `esfast train`.
     """
+    job = job or TrainJob()
     clock = Clock(args.started_before)
     require_launcher(args)
-    strategy = strategy_of(args)
+    strategy_of(args)  # what it refuses, before a task starts processes
     require_packages(args.log_to)
-    task = task_of(args)
+    task = job.task(args)
     workers = join_workers()
     try:
-        config = config_of(args, strategy, task)
+        config = job.config(args, task)
         if workers.rank:
             return _follow(args, config, task, workers)
         with closing(prior_tasks(args)) as prior:
-            return _train(args, config, task, prior, past, clock, workers)
+            return _train(args, config, task, prior, past, clock, workers, job)
     finally:
         workers.close()
         task.close()
@@ -85,20 +114,20 @@ def _train(
     past: PastRun | None,
     clock: Clock,
     workers: Workers,
+    job: TrainJob,
 ) -> int:
-    output = folder_for(args.output, task.name)
-    description = {**_description(args, config, task), "prior": prior.describe()}
+    output = folder_for(args.output, f"{job.method}-{task.name}" if job.method else task.name)
+    description = {**_description(args, config, task, job), "prior": prior.describe()}
     if past is None:
         require_free(output)
     else:
         description = past.described(description)
         require_journal(output)
-    opened = _opened(args, output)
-    with closing(opened.engine):
+    with job.trainer(args, config, task) as make, _opened(args, output) as opened:
         stages = getattr(args, "stages_left", 1)  # of esfast continual
         require_disk_for_train(opened.engine, config, output, past is not None, stages)
         require_prompts_fit(opened.engine, task, Dealt(config, config.strategy.seed), prior)
-        trainer = Trainer(
+        trainer = make(
             opened.engine,
             task,
             config,
@@ -134,18 +163,25 @@ def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: 
     return 0
 
 
-def _opened(args: argparse.Namespace, output: Path) -> Opened:
-    return open_fleet(args, output / JOURNAL) if args.launcher == "ray" else open_engine(args)
+@contextmanager
+def _opened(args: argparse.Namespace, output: Path) -> Iterator[Opened]:
+    ray = args.launcher == "ray"
+    opened = open_fleet(args, output / JOURNAL) if ray else open_engine(args)
+    with closing(opened.engine):
+        yield opened
 
 
-def _description(args: argparse.Namespace, config: TrainConfig, task: Task) -> dict[str, Any]:
+def _description(
+    args: argparse.Namespace, config: TrainConfig, task: Task, job: TrainJob
+) -> dict[str, Any]:
     return {
         "made": provenance(args.command_line),
+        **({"method": job.method} if job.method else {}),
         "model": str(args.model),
         "dtype": args.dtype,
         "device": args.device,
         "task": task.describe(),
         "settings": asdict(config),
-        "arguments": flags_of(args, add_train_arguments),
+        "arguments": flags_of(args, job.add_arguments),
         "seed_derivation": SEED_DERIVATION,
     }

@@ -22,7 +22,7 @@ from esfast.prior import PriorSettings, PriorTask, PriorTasks, make_prior_task
 from esfast.rollout import TrainConfig
 from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
-from esfast.tasks import Task, make_task
+from esfast.tasks import OF_DATA_SETS, TASKS, Task, make_task
 from esfast.tasks.reward_pool import Limits
 from esfast.weights import MEMORIES, MOST_THREADS
 
@@ -35,12 +35,14 @@ AUTO = "auto"
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast train`."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add_model_flags(parser.add_argument_group("model"))
     add_engine_flags(parser.add_argument_group("engine"))
     add_task_flags(parser.add_argument_group("task"))
     add_strategy_flags(parser.add_argument_group("evolution strategy"))
-    add_run_flags(parser.add_argument_group("run"))
+    run = parser.add_argument_group("run")
+    run.add_argument("--generations", type=positive, default=10, help="updates")
+    add_run_flags(run, prompts=64)
+    add_es_run_flags(run)
     add_prior_flags(parser.add_argument_group("prior tasks"))
 
 
@@ -48,80 +50,112 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Which model, and how it is held."""
     group.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
-    group.add_argument("--device", default="cpu", help="where the model lives")
+    group.add_argument("--device", default="cpu", help="cpu, or cuda")
     group.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     group.add_argument("--launcher", choices=LAUNCHERS, default="auto", help="docs/workers.md")
-    group.add_argument("--engines", type=positive, default=None, help="that ray starts")
+    group.add_argument("--engines", type=positive, default=None, help="that ray starts; else 1")
     group.add_argument(
         "--batch-size", type=positive, default=None, help="rows decoded together; 64, or vLLM's own"
     )
-    group.add_argument("--memory", choices=MEMORIES, default="lean", help="how members are undone")
+    group.add_argument(
+        "--memory", choices=MEMORIES, default="lean",
+        help="what undoes a member: lost bits, a base copy, an fp32 one",
+    )  # fmt: skip
 
 
 def add_engine_flags(group: argparse._ArgumentGroup) -> None:
     """What generates, and how vLLM is started."""
     group.add_argument("--engine", choices=ENGINES, default="transformers", help="docs/engines.md")
-    group.add_argument("--tensor-parallel-size", type=positive, default=1, help="devices of vLLM")
+    group.add_argument("--tensor-parallel-size", type=positive, default=1, help="of vLLM: devices")
     group.add_argument(
-        "--gpu-memory-utilization", type=above_zero, default=None, help="vLLM's share of a device"
+        "--gpu-memory-utilization",
+        type=above_zero,
+        default=None,
+        help="of vLLM: the share of a device's memory, 0 to 1; its own if not given",
     )
     group.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=VALUE",
-        help="a further argument of vllm.LLM, such as max_model_len=4096",
+        help="a further argument of vllm.LLM, such as max_model_len=4096; repeatable",
     )  # fmt: skip
 
 
 def add_task_flags(group: argparse._ArgumentGroup) -> None:
     """Where prompts and rewards come from."""
-    group.add_argument("--task", default=None, help="arithmetic if not given; see docs/adding.md")
-    group.add_argument("--task-option", action="append", default=[], metavar="NAME=VALUE")
-    group.add_argument("--data", default=None, help="JSONL file of prompts")
+    names = ", ".join(f"{name}:DATASET" if name in OF_DATA_SETS else name for name in TASKS)
+    group.add_argument("--task", default=None, help=f"{names}; arithmetic if not given")
+    group.add_argument(
+        "--task-option", action="append", default=[], metavar="NAME=VALUE",
+        help="of the task, such as max_target=50 of countdown; repeatable",
+    )  # fmt: skip
+    group.add_argument("--data", default=None, help="JSONL file of prompts: docs/adding.md")
     group.add_argument("--eval-data", default=None, help="JSONL file of held-out prompts")
-    group.add_argument("--reward", default=None, metavar="MODULE:FUNCTION", help="needs --data")
-    group.add_argument("--reward-timeout", type=above_zero, default=10.0, help="s a completion")
-    group.add_argument("--reward-workers", type=positive, default=1, help="processes")
-    group.add_argument("--reward-memory", type=not_negative, default=None, metavar="GIB")
+    group.add_argument(
+        "--reward", default=None, metavar="MODULE:FUNCTION", help="your own; needs --data"
+    )
+    group.add_argument(
+        "--reward-timeout", type=above_zero, default=10.0, help="seconds a completion"
+    )
+    group.add_argument("--reward-workers", type=positive, default=1, help="processes that score")
+    group.add_argument(
+        "--reward-memory", type=not_negative, default=None, metavar="GIB",
+        help="of each process; 0: no limit; if not given, a quarter of what is free between them",
+    )  # fmt: skip
     group.add_argument("--failure-reward", type=finite, default=0.0, help="where scoring fails")
 
 
 def add_strategy_flags(group: argparse._ArgumentGroup) -> None:
     """StrategyConfig's fields."""
-    group.add_argument("--sigma", type=above_zero, default=0.003, help="noise scale")
+    group.add_argument("--sigma", type=above_zero, default=0.003, help="spread of a member's noise")
     group.add_argument("--alpha", type=above_zero, default=0.006, help="step size")
-    group.add_argument("--population-size", type=positive, default=16)
-    group.add_argument("--antithetic", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--noise", choices=NOISES, default="gaussian")
-    group.add_argument("--shaping", choices=METHODS, default="rank")
-    group.add_argument("--rounding", choices=ROUNDINGS, default="stochastic")
-    group.add_argument("--weight-decay-type", choices=("none", *DECAYS), default="none")
+    group.add_argument("--population-size", type=positive, default=16, help="members")
+    group.add_argument(
+        "--antithetic", action=argparse.BooleanOptionalAction, default=True,
+        help="members in pairs, noise added and subtracted",
+    )  # fmt: skip
+    group.add_argument("--noise", choices=NOISES, default="gaussian", help="docs/noise.md")
+    group.add_argument("--shaping", choices=METHODS, default="rank", help="rewards to fitness")
+    group.add_argument("--rounding", choices=ROUNDINGS, default="stochastic", help="of updates")
+    group.add_argument(
+        "--weight-decay-type", choices=("none", *DECAYS), default="none", help="pull to the anchor"
+    )
     group.add_argument(
         "--weight-decay-lambda",
         type=finite_or_auto,
         default=None,
         metavar="LAMBDA",
-        help="auto: the paper's strength (l2: alpha * lambda 5e-3; l1: lambda * sqrt(N) 0.055)",
+        help="auto: the paper's strength (l2: alpha * lambda 5e-3; l1: lambda * sqrt(N) 0.055); if "
+        "not given, the paper's lambda itself (l2: 10; l1: 0.01)",
     )
     group.add_argument(
         "--anchor-model", default=None, metavar="MODEL", help="what decay pulls to; --model's own"
     )
-    group.add_argument("--seed", type=natural, default=0)
+    group.add_argument("--seed", type=natural, default=0, help="of members, prompts, samples")
 
 
-def add_run_flags(group: argparse._ArgumentGroup) -> None:
-    """TrainConfig's fields, and what is kept of a run."""
-    group.add_argument("--generations", type=positive, default=10)
-    group.add_argument("--prompts", type=positive, default=64, help="a generation")
+def add_run_flags(group: argparse._ArgumentGroup, prompts: int) -> None:
+    """On what and where, but not how long. prompts: the default."""
+    group.add_argument("--prompts", type=positive, default=prompts, help="a generation")
     group.add_argument("--fixed-prompts", action="store_true", help="the same every generation")
-    group.add_argument("--max-new-tokens", type=positive, default=None, help="the task's own")
-    group.add_argument("--temperature", type=finite, default=0.0, help="of the members; 0: greedy")
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=None, help="an answer; else the task's"
+    )
     group.add_argument("--eval-every", type=positive, default=5, help="generations")
     group.add_argument("--eval-size", type=positive, default=96, help="held-out prompts at most")
     group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
+    group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
+    group.add_argument(
+        "--plots", action=argparse.BooleanOptionalAction, default=True, help="PNGs, at the end"
+    )
+    group.add_argument(
+        "--log-to", choices=LOGGERS, action="append", default=[], help="as it goes; repeatable"
+    )
+
+
+def add_es_run_flags(group: argparse._ArgumentGroup) -> None:
+    """What of a run only ES has."""
+    group.add_argument("--temperature", type=finite, default=0.0, help="of the members; 0: greedy")
     group.add_argument("--snapshot-every", type=natural, default=0, help="generations; 0: never")
     group.add_argument("--checksum-every", type=positive, default=10, help="generations")
-    group.add_argument("--output", default=None, help="run folder; runs/TASK-TIME if not given")
-    group.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--log-to", choices=LOGGERS, action="append", default=[])
 
 
 def add_prior_flags(group: argparse._ArgumentGroup) -> None:

@@ -100,6 +100,16 @@ def _shown(score: PriorScore) -> str:
     return f"{score.task} {score.greedy.score:.3f}{failed}"
 
 
+def _numbers(scores: Sequence[PriorScore]) -> dict[str, float]:
+    """As the loggers take them."""
+    numbers = {}
+    for score in scores:
+        for kind, part in (("greedy", score.greedy), ("sampled", score.sampled)):
+            if part is not None:
+                numbers[f"prior/{score.task}/{kind}"] = part.score
+    return numbers
+
+
 class RunSettings(Protocol):
     """What the settings of both methods say; see TrainConfig and GrpoConfig."""
 
@@ -141,6 +151,7 @@ class TrainingRun(ABC):
         self._after: HeldOut | None = None
         self._peaks = engine if isinstance(engine, Measured) else measure
         self._inference_peak: int | None = None
+        self._first_logged = 0
         self._failed_rewards = 0
         self.failures = Failures(lambda text: self.progress.note(text))
 
@@ -151,11 +162,14 @@ class TrainingRun(ABC):
     def _measure_start(self, done: int, warm_up: Callable[[], object]) -> None:
         """The scores before training, and what generating costs without it: `warm_up` generates as
         a generation will. done: generations of the run's earlier part."""
+        self._first_logged = done + 1 if done else 0
         self.clock.lap(SETUP)
         can_measure = self._peaks.reset_peak()
         self._before = self._evaluate(0)
         count = len(self._held_out)
         self.progress.note(f"held-out before: {self._before.text()} ({count} prompts)")
+        if not done:
+            self._log(0, self._held_out_scores(self._before))
         self.prior.keep_in(self.folder.path / PRIOR, done)
         self._evaluate_prior(0)
         warm_up()
@@ -174,6 +188,8 @@ class TrainingRun(ABC):
             self.clock.lap(RECORDS)
             self.progress.doing("prior tasks")
             scores = self.prior.evaluate(self.engine, generation)
+            if generation >= self._first_logged:  # earlier ones would hide what was logged since
+                self._log(generation, _numbers(scores))
             shown = ", ".join(map(_shown, scores))
             self.progress.note(f"prior tasks at generation {generation}: {shown}")
             self.clock.lap(PRIOR_TASKS)
@@ -186,12 +202,13 @@ class TrainingRun(ABC):
         self.folder.add_metrics({**self._line(report, held_out), **method})
         for own in method.values():
             numbers.update(own)
-        if held_out is not None:
-            numbers["held_out_score"] = held_out.mean
-        for logger in self.loggers:
-            logger.log(report.generation, numbers)
+        self._log(report.generation, {**numbers, **self._held_out_scores(held_out)})
         self.progress.generation(report, held_out)
         self.clock.lap(RECORDS)
+
+    def _log(self, generation: int, numbers: Mapping[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log(generation, numbers)
 
     def _line(self, report: GenerationReport, held_out: HeldOut | None) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -199,9 +216,18 @@ class TrainingRun(ABC):
             "generation": report.generation,
             **report.numbers(),
             "total_seconds": dict(self.clock.seconds),
-            "held_out": held_out and held_out.record(),
+            **self._evaluated(held_out),
             "cost": self.account.counts(),
         }
+
+    def _evaluated(self, held_out: HeldOut | None) -> dict[str, dict[str, Any] | None]:
+        """What a line of metrics.jsonl holds of the held-out prompts, None where not evaluated."""
+        return {"held_out": None if held_out is None else held_out.record()}
+
+    def _held_out_scores(self, held_out: HeldOut | None) -> dict[str, float]:
+        """The same for loggers."""
+        lines = self._evaluated(held_out).items()
+        return {f"{name}_score": line["score"] for name, line in lines if line is not None}
 
     def _write_samples(self) -> None:
         shown = self._held_out[:SAMPLES_SHOWN]

@@ -93,7 +93,10 @@ class Update:
 
 
 def _as_coefficients(given: Sequence[float] | np.ndarray) -> np.ndarray:
-    values = np.asarray(given)
+    try:
+        values = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's bfloat16, ragged, with a graph
+        raise ConfigError(f"the coefficients are no numbers ({error}).") from None
     if values.dtype.kind not in "biuf":
         raise ConfigError(f"the coefficients are no numbers (numpy calls them {values.dtype}).")
     return values.astype(np.float64)

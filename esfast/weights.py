@@ -156,6 +156,7 @@ class Weights(LiveWeights):
         scale = _scale(require_member(member).sign, sigma)
         with self._turn:
             self.table.check_in_place()
+            torch.clear_autocast_cache()  # of fp32 weights cast as they are now
             if self.memory == "lean":
                 self._exchange(member, scale)
             else:
@@ -178,6 +179,7 @@ class Weights(LiveWeights):
         """
         with self._turn:
             self.table.check_memory()
+            torch.clear_autocast_cache()
             if self.memory == "lean":
                 self._core.restore(self._records, self.threads)
             elif self._perturbed:
@@ -257,8 +259,9 @@ class Weights(LiveWeights):
                 f"a state of {len(state)} tensors does not fit this table of {len(own)} segments "
                 f'under memory="{self.memory}"; shapes and dtypes must be the same.'
             )
-        for mine, tensor in zip(own, state, strict=True):
-            mine.copy_(tensor)
+        with torch.inference_mode():  # of bases or weights made in it, torch asks for it again
+            for mine, tensor in zip(own, state, strict=True):
+                mine.copy_(tensor)
         if self.memory == "master":
             self._core.refresh(self.threads)
         elif self._bases:

@@ -14,11 +14,11 @@ import torch
 from reference import Bits
 
 from esfast import ParameterTable, Weights
+from esfast.members import NOISES as NOISES
 from esfast.members import Member
 
 DTYPES = ("bfloat16", "float16", "float32")
 MODES = ("lean", "shadow")
-NOISES = ("gaussian", "rademacher", "hadamard")
 TORCH = {name: getattr(torch, name) for name in DTYPES}
 _STORED = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 

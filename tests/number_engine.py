@@ -28,7 +28,6 @@ class NumberEngine:
     def __init__(self, before_call=lambda call: None, size=SIZE):
         self.weights = torch.zeros(size)
         self._table = ParameterTable.from_tensors({"weights": self.weights})
-        self.tokens_generated = 0
         self.calls = 0
         self.seen: list[list[str]] = []
         self.before_call = before_call
@@ -40,7 +39,6 @@ class NumberEngine:
         self.before_call(self.calls)
         self.calls += 1
         self.seen.append(list(prompts))
-        self.tokens_generated += len(prompts)
         return [Completion(f"{self.weights[int(p)].item():.9g}", 1, True) for p in prompts]
 
     def weights_changed(self):

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-U32 = NDArray[np.uint32]
 U64 = NDArray[Any]  # uint64; numpy 2 types its shifts as signed
 Bits = NDArray[Any]
 

@@ -4,6 +4,7 @@ refused before anything is changed."""
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_shards_read_their_part_of_the_file(target: str, tmp_path: Path) -> None
         assert torch.equal(held, whole[name][rows, columns])
 
 
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path) -> None:
+    """GPT-2's on the hub: "wte.weight" is the live "transformer.wte.weight"."""
+    live = {"transformer.wte.weight": torch.randn(5, 3), "lm_head.weight": torch.randn(3, 5)}
+    stored = {"wte.weight": live["transformer.wte.weight"], "lm_head.weight": torch.zeros(3, 5)}
+    save_file(stored, tmp_path / "model.safetensors")
+    table = ParameterTable.from_tensors(live)
+    anchor = Anchor.from_safetensors(tmp_path / "model.safetensors", table)
+    start = live["transformer.wte.weight"].clone()
+    decay = AnchoredDecay("l2", 0.5)
+    Weights(table, anchor=anchor).update([], [], decay=decay, alpha=1.0, rounding="nearest")
+    assert torch.equal(live["transformer.wte.weight"], start)
+    live["transformer.wte.weight"].zero_()
+    Weights(table, anchor=anchor).update([], [], decay=decay, alpha=1.0, rounding="nearest")
+    assert torch.equal(live["transformer.wte.weight"], start / 2)
+
+
 def test_more_tensors_in_the_file_than_in_the_table(tmp_path: Path) -> None:
     base = tensors("bfloat16", plain_bits)
     save_file(
@@ -202,7 +219,17 @@ def offsets_too_short(path: Path) -> None:
     rewrite(path, change)
 
 
+def deep(path: Path) -> None:
+    text = b'{"__metadata__":' + b"[" * 100_000
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def infinite_shape(path: Path) -> None:
+    rewrite(path, lambda header: header[EMBED].update(shape=[math.inf, 37]))
+
+
 ATTACKS = (
+    deep, infinite_shape,
     cut_short, cut_header, empty, endless_header, not_json, missing_tensor, wrong_shape,
     wrong_dtype, offsets_outside, offsets_too_short,
 )  # fmt: skip

@@ -253,8 +253,9 @@ class TestLoading:
             load_model(saved)
         assert str(saved) in one_paragraph(error)
 
-    def test_a_config_that_is_no_json(self, saved: Path) -> None:
-        (saved / "config.json").write_text("not json")
+    @pytest.mark.parametrize("text", ["not json", "[" * 100_000], ids=["words", "brackets"])
+    def test_a_config_that_is_no_json(self, saved: Path, text: str) -> None:
+        (saved / "config.json").write_text(text)
         with pytest.raises(DataError, match="no JSON object") as error:
             load_model(saved)
         one_paragraph(error)

@@ -93,7 +93,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(args):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "run_train", broken)
+    monkeypatch.setattr("esfast.train_command.run_train", broken)
     with pytest.raises(ZeroDivisionError):
         run("train")
 
@@ -109,7 +109,7 @@ def test_memory_that_runs_out_is_said(monkeypatch, capsys, error):
     def broken(args):
         raise error
 
-    monkeypatch.setattr(cli, "run_train", broken)
+    monkeypatch.setattr("esfast.train_command.run_train", broken)
     assert run("train") == 2
     err = capsys.readouterr().err
     assert "not enough memory (" in err and "5 GB" in err and "frame" not in err
@@ -214,7 +214,7 @@ def test_decay_reads_its_anchor_from_the_models_file(vowels, tiny_model):
     assert read_journal("run").header.anchor_checksum == file != live
 
 
-def test_ctrl_c_in_the_middle_leaves_a_whole_run(vowels, tiny_model):
+def test_ctrl_c_in_the_middle_leaves_a_whole_run(vowels):
     few = ["--eval-size", "2"]
     command = [sys.executable, "-m", "esfast", *vowels, *few, "--generations", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -286,3 +286,22 @@ def test_the_default_job_learns_its_task(here, seed):
         0, ids["input_ids"].shape[1] :
     ]
     assert tokenizer.decode(answer, skip_special_tokens=True).startswith("2 + 3 = 5")
+
+
+def test_every_flag_says_what_it_is_and_its_default(capsys):
+    silent = []
+    subparsers = cli.build_parser()._subparsers._group_actions[0]
+    for name, command in subparsers.choices.items():
+        silent += [f"{name} {a.dest}" for a in command._actions if not a.help]
+    assert not silent
+    assert run("grpo", "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "completions a prompt (default: 8)" in told
+    assert "weight of KL to the start (default: 0.0)" in told
+    assert "all cores if not given --batch-size" in told  # no "default: None"
+
+
+def test_info_names_what_the_commands_may_need(capsys):
+    assert run("info") == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert facts.keys() >= {"transformers", "vllm", "ray", "trl", "lm-eval", "torch", "cores"}

@@ -273,7 +273,7 @@ def test_a_stopped_sequence_goes_on_to_the_same_bits(there, monkeypatch, before)
     assert both[0]["results"] == both[1]["results"]
 
 
-def test_a_model_that_was_changed_between_stages_is_found(there, monkeypatch, capsys):
+def test_a_model_that_was_changed_between_stages_is_found(there, capsys):
     shutil.copytree("whole", "changed")
     shutil.rmtree(f"changed/{STAGES[1]}")
     shutil.copy("model/model.safetensors", f"changed/{STAGES[0]}/model/model.safetensors")
@@ -373,3 +373,10 @@ def test_torchrun_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("continual", "--tasks", "arithmetic") == 2
     assert "one process" in capsys.readouterr().err
+
+
+def test_an_interval_of_many_peaks_flattens_no_curve() -> None:
+    curve = [{"at": at, "of_peak": share, "of_peak_95": [0.0, 90.0]}
+             for at, share in ((0, 0.0), (3, 1.0), (6, 1.2))]  # fmt: skip
+    assert continual_plots.top_of([{"curve": curve}]) == pytest.approx(1.62)
+    assert continual_plots.top_of([{"curve": []}]) == 1.35

@@ -90,6 +90,15 @@ def test_a_scale_that_is_no_number_leaves_the_engine_as_it_was(llm: Any) -> None
     assert checksum(llm) == base
 
 
+def test_a_population_or_a_source_that_is_none_is_refused_by_name(llm: Any) -> None:
+    base = checksum(llm)
+    with pytest.raises(Exception, match="population_size is 0; expected 1 or more"):
+        rpc(llm, "update_weights_from_seeds", [1], [1.0], ALPHA, 0)
+    with pytest.raises(Exception, match="engine 1 of 1 is to be the source; an engine alone"):
+        rpc(llm, "broadcast_all_weights", 1)
+    assert checksum(llm) == base
+
+
 def test_members_come_back_to_the_bit(llm: Any) -> None:
     """A perturbation, a negative one, one that its opposite undoes, two that nest."""
     before, base = answers(llm), checksum(llm)

@@ -80,7 +80,7 @@ class TestGreedy:
             common = len(tokenizer("<begin>user\nSay something about ")["input_ids"])
             assert shared == (0 if name == "mistral" else common), name
 
-    def test_long_answers_outgrow_the_first_room(self, model: Any, tokenizer: Any) -> None:
+    def test_long_answers_outgrow_the_first_room(self, tokenizer: Any) -> None:
         never = llama(seed=3)
         never.generation_config.eos_token_id = 2
         engine = TransformersEngine(never, tokenizer)
@@ -108,12 +108,6 @@ class TestGreedy:
         engine = TransformersEngine(model, tokenizer)
         assert engine.generate([], Sampling(5)) == []
         assert engine.generate(PROMPTS[:1], Sampling(1))[0].tokens == 1
-
-    def test_tokens_are_counted(self, model: Any, tokenizer: Any) -> None:
-        engine = TransformersEngine(model, tokenizer)
-        first = engine.generate(PROMPTS, Sampling(8))
-        second = engine.generate(PROMPTS[:2], Sampling(3))
-        assert engine.tokens_generated == sum(c.tokens for c in first + second)
 
 
 class TestRepeats:
@@ -154,17 +148,20 @@ class TestRepeats:
             assert torch.equal(parameter, before[name]) and parameter.requires_grad
             assert not parameter.is_inference()
 
+    @pytest.mark.parametrize(
+        ("said", "told"), [("no room\nfor this", r"\(no room\)"), ("", r"\(OutOfMemoryError\)")]
+    )
     def test_the_model_is_left_as_it_was_after_an_error(
-        self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+        self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, said: str, told: str
     ) -> None:
         model = llama().train()
         engine = TransformersEngine(model, tokenizer)
 
         def fail(*_: Any, **__: Any) -> None:
-            raise torch.OutOfMemoryError("no room\nfor this")
+            raise torch.OutOfMemoryError(said)
 
         monkeypatch.setattr(model, "forward", fail)
-        with pytest.raises(EsfastError, match=r"no room.*Lower batch_size"):
+        with pytest.raises(EsfastError, match=told + ". Lower batch_size"):
             engine.generate(PROMPTS, Sampling(6))
         assert model.training and model.config._attn_implementation == "sdpa"
 
@@ -212,6 +209,16 @@ class TestStop:
             assert short.finished == (stop in long.text or long.finished)
             assert (short.tokens < long.tokens) == (stop in long.text[:-2])
         assert any(short != long for short, long in zip(cut, whole, strict=True))
+
+    def test_a_special_token_ends_an_answer_though_no_text_shows_it(self, tokenizer: Any) -> None:
+        model = llama(seed=3)
+        ids = TransformersEngine(model, tokenizer).generate(PROMPTS, Sampling(12))[0].ids
+        rows = model.get_output_embeddings().weight.data
+        rows[[tokenizer.bos_token_id, ids[5]]] = rows[[ids[5], tokenizer.bos_token_id]]
+        engine = TransformersEngine(model, tokenizer)
+        assert len(engine.generate(PROMPTS, Sampling(12))[0].ids) > ids.index(ids[5]) + 1
+        short = engine.generate(PROMPTS, Sampling(12, stop=(tokenizer.bos_token,)))[0]
+        assert short.finished and short.ids == (*ids[: ids.index(ids[5])], tokenizer.bos_token_id)
 
 
 class TestPlainText:

@@ -24,6 +24,14 @@ def test_reasons_are_told_once_and_counted() -> None:
     assert len(found) == KEPT + 1 and found[OTHERS] == KEPT + 1
 
 
+def test_what_a_model_wrote_does_not_reach_the_terminal_as_it_is() -> None:
+    """An exception of a reward function often quotes the answer."""
+    told: list[str] = []
+    failures = Failures(told.append)
+    failures.add([Score(0.0, "bad \x1b[2Janswer\x07 \u202eü", failed=True)], "an answer")
+    assert told[0].endswith(r"failure reward: bad \x1b[2Janswer\x07 \u202eü")
+
+
 def test_a_run_says_why(tmp_path: Path) -> None:
     run = make_trainer(tmp_path, task=Targets(fail_on=("3",)), generations=1)
     result = run.run()

@@ -224,7 +224,7 @@ def test_an_engine_apart_is_named(tmp_path):
         weights.checksum()
 
 
-def test_a_death_without_a_journal_is_an_error(tmp_path):
+def test_a_death_without_a_journal_is_an_error():
     fleet = RayFleet(Stage(), MAKING, 1, None, note=lambda text: None)
     weights = fleet.live_weights()
     weights.update([], [])

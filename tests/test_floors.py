@@ -35,7 +35,7 @@ FLOORS = {
     "grpo_command": 5, "diagnosis": 5,
     "train_flags": 5, "replay_command": 5, "resume": 5, "html_report": 5, "report_command": 5,
     "ray_command": 5, "opening": 5, "lasting_output": 5,
-    "continual_command": 5, "continual_plots": 5,
+    "continual_command": 5, "fast_slow_command": 5, "continual_plots": 5,
 }  # fmt: skip
 OUTSIDE = {"numpy": 1, "torch": 2, "safetensors": 2}  # everything else from outside: floor 3
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -84,7 +84,7 @@ def test_imports_go_down(path: Path) -> None:
     assert not climbing, f"{path.name} is on floor {mine} and imports {climbing}"
 
 
-def test_the_check_sees_a_climb(tmp_path: Path) -> None:
+def test_the_check_sees_a_climb() -> None:
     """Guards the two functions above against seeing nothing at all."""
     assert floor_of("esfast.train") == 4 and floor_of("transformers.models") == 3
     assert floor_of("torch.nn") == 2 and floor_of("os.path") == 0
@@ -93,16 +93,42 @@ def test_the_check_sees_a_climb(tmp_path: Path) -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    code = f"import sys; {statement}; print(); print(*sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return {name.split(".")[0] for name in done.stdout.split()}
+    return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
-@pytest.mark.parametrize("module", ["esfast", "esfast.cli"])
-def test_importing_brings_no_heavy_package(module: str) -> None:
-    heavy = {"transformers", "vllm", "ray", "gepa", "reasoning_gym", "matplotlib", "tensorboard"}
-    assert not loaded_by(f"import {module}") & {*heavy, "trl", "datasets", "lm_eval"}
+HEAVY = {
+    "transformers", "vllm", "ray", "gepa", "reasoning_gym", "matplotlib", "tensorboard", "trl",
+    "datasets", "lm_eval",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import esfast; esfast.read_journal; esfast.noise; esfast.Strategy",
+        "from esfast.cli import main; main(['info'])",
+        "from esfast.cli import build_parser; build_parser('')",
+    ],
+)
+def test_what_needs_no_torch_brings_none(statement: str) -> None:
+    assert not loaded_by(statement) & {*HEAVY, "torch"}
+
+
+def test_the_flags_of_all_commands_bring_no_heavy_package() -> None:
+    loaded = loaded_by("from esfast import *; from esfast.cli import build_parser; build_parser()")
+    assert "torch" in loaded and not loaded & HEAVY
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    assert set(esfast.__all__) >= set().union(*esfast._ROOMS.values())
+    assert all(getattr(esfast, name) is not None for name in esfast.__all__)
+    assert set(esfast.__all__) <= set(dir(esfast))
+    assert loaded_by("import esfast; esfast.shaping.rank; esfast.engines") >= {"esfast"}
+    with pytest.raises(AttributeError, match="'esfast' has no attribute 'weight'"):
+        esfast.weight  # noqa: B018
 
 
 def test_the_core_brings_no_torch() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_cli import run
 from tiny_models import byte_tokenizer, llama
 
@@ -17,6 +20,8 @@ from esfast import AnchoredDecay, EvolutionStrategy
 from esfast.diagnosis import plots
 from esfast.diagnosis.plots import draw
 from esfast.diagnosis.records import EQUAL, models
+from esfast.diagnosis.steps import Steps
+from esfast.diagnosis.table import print_tables
 from esfast.forgetting.drift import CheckpointTensors, drift
 from esfast.forgetting.subjects import Base, Checkpoint, Run, names_of, open_subject
 from esfast.models import load_model
@@ -160,6 +165,21 @@ def test_controls_have_one_length(whole):
         "awd",
         "random direction 0",
     ]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_tables_break_no_number_on_a_terminal(whole, width):
+    page = io.StringIO()
+    console = Console(file=page, width=width, force_terminal=True, no_color=True, _environ={})
+    data = found(whole)
+    print_tables(console, data)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", page.getvalue())
+    assert max(map(len, shown.splitlines())) <= 80
+    for _, _, model in models(data):
+        for record in model["kl"]:
+            part = record["exact"]["token_weighted"]
+            assert f"{part['value']:.3g} [{part['low']:.3g}, {part['high']:.3g}]" in shown
+    assert f"{data['subjects'][0]['drift'][0]['whole']['max_abs']:.3g} " in shown
 
 
 def test_the_files_beside_it(whole):
@@ -369,6 +389,31 @@ def test_heat_maps_keep_their_scales(whole, tmp_path, monkeypatch):
     ends = [axes.images[0].get_clim()[1] for axes in figures[1].axes[:2]]
     assert ends[0] > 10 * ends[1] > 0
     assert figures[0].axes[0].get_yscale() == "log"
+
+
+def test_names_are_no_markup_and_no_mathematics(whole, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    keep = lambda self, *a, **k: (figures.append(self), save(self, *a, **k))  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", keep)
+    data = found(whole)
+    names = ("seed[1] :warning:", r"lr[/x] $\frac{$")
+    for subject, name in zip(data["subjects"], names, strict=True):
+        subject["name"] = name
+    data["subjects"][1]["drift"][-1]["whole"]["norm"] /= 50
+    draw(tmp_path, data)
+    labels = figures[0].axes[0].yaxis.get_ticklabels(which="both")
+    powers = [label for label in labels if "$" in label.get_text()]
+    assert powers and all(label.get_parse_math() for label in powers)
+    out = io.StringIO()
+    print_tables(Console(file=out), data)
+    with Steps(Console(file=out, force_terminal=True, width=200)) as steps:
+        steps.show(names[1], 1, 2)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert shown.count(names[0]) > 3 and shown.count(names[1]) > 3
+    assert re.search(re.escape(names[1]) + " +━", shown)
 
 
 def test_far_apart_norms_are_drawn_from_the_first_generation_on() -> None:

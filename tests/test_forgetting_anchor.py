@@ -108,7 +108,7 @@ def test_a_journal_alone_needs_the_flag_and_says_so(there, tmp_path, capsys):
     assert norms(tmp_path / "out") == norms(tmp_path / "folder")
 
 
-def test_the_flag_goes_before_a_record_of_another_place(there, tmp_path, monkeypatch):
+def test_the_flag_goes_before_a_record_of_another_place(there, tmp_path):
     """A run that was moved: what its config.json names is not there, or is another model."""
     for number, recorded in enumerate(("nowhere", "base")):
         moved = tmp_path / f"moved-{number}"

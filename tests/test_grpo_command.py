@@ -24,7 +24,8 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     grpo = ("grpo", *shared, "--group-size", "2", "--generations", "1", "--threads", "1")
     assert run(*grpo, "--checkpoint-every", "1", "--prior-tasks", "arithmetic",
                "--prior-size", "2", "--prior-samples", "0") == 0  # fmt: skip
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "it/s" not in err
     assert "tuned: " in out and "not tuned: " in out and "held-out score" in out
     config = json.loads(Path("run/config.json").read_text())
     assert config["method"] == "grpo" and config["settings"]["group_size"] == 2

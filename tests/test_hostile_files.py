@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from report_runs import run_folder
 from rich.console import Console
 from test_resume import trainer
 from tiny_models import byte_tokenizer, llama
 
+from esfast.checkpoint import weight_files
 from esfast.cli import main
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.lasting_output import is_worth_telling, lasting_output
@@ -57,6 +59,40 @@ def test_json_of_another_kind_is_damage(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="no list"):
         read_json(tmp_path / "config.json", list)
+
+
+def test_what_a_file_holds_moves_no_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"format": "\\u001b[2J"}')
+    path = path.rename(tmp_path / "\x1b[2J")
+    run = run_folder(tmp_path / "run")
+    flags = ("--forgetting", str(path), "-o", str(tmp_path / "r.html"))
+    said = refused(capsys, "report", str(run), *flags)
+    assert r"/\x1b[2J' is '\x1b[2J' version" in said and "\x1b" not in said
+
+
+def test_brackets_by_the_thousand_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        read_config(tmp_path)
+    with pytest.raises(DataError, match="line 1 is damaged"):
+        list(read_lines(path))
+    path.rename(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(DataError, match="no readable weight_map"):
+        weight_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(DataError, match="empty weight_map"):
+        weight_files(tmp_path)
+
+
+def test_a_line_ends_where_it_was_written_to_end(tmp_path: Path) -> None:
+    record = {"task": "a\u2028b\x85c"}
+    append_line(tmp_path / "lines", record)
+    append_line(tmp_path / "lines", record)
+    assert list(read_lines(tmp_path / "lines")) == [record, record]
 
 
 def test_a_report_of_lines_that_are_no_generations(
@@ -155,7 +191,7 @@ def test_a_flag_of_vllm_without_vllm(
 def test_a_target_that_is_none(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse() -> object:
+    def refuse(only: str) -> object:
         raise ConfigError("ESFAST_TARGET is 'nonsense'")
 
     monkeypatch.setattr("esfast.cli.build_parser", refuse)

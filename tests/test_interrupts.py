@@ -46,7 +46,7 @@ def test_it_waits_until_the_weights_rest() -> None:
 def test_a_command_that_is_terminated_is_an_interrupted_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "run_train", lambda args: terminate())
+    monkeypatch.setattr("esfast.train_command.run_train", lambda args: terminate())
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

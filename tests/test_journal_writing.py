@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from journals import HEADER, WHOLE, generation, same, written
 
-from esfast import ConfigError, EsfastError, StateError
-from esfast.journal import JournalWriter, read_journal
+from esfast import ConfigError, DataError, EsfastError, StateError
+from esfast.journal import JournalWriter, export_journal, read_journal
 from esfast.journal_format import MarkRecord, SegmentRecord
 
 
@@ -63,10 +64,28 @@ def test_a_record_out_of_order_is_not_written(tmp_path, bad):
         assert (tmp_path / "j").read_bytes() == before
 
 
+def test_a_header_that_could_not_be_read_is_not_written(tmp_path):
+    with pytest.raises(DataError, match="checksum_every is 0"):
+        JournalWriter.create(tmp_path / "j", replace(HEADER, checksum_every=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_journal_is_not_continued(tmp_path):
+    JournalWriter.create(tmp_path / "j", HEADER).close()
+    export_journal(read_journal(tmp_path / "j"), tmp_path / "tuned.esj")
+    before = (tmp_path / "tuned.esj").read_bytes()
+    with pytest.raises(DataError, match="replayed and not continued"):
+        JournalWriter.resume(tmp_path / "tuned.esj")
+    assert (tmp_path / "tuned.esj").read_bytes() == before
+
+
 def test_what_could_not_be_read_is_not_written(tmp_path):
     with JournalWriter.create(tmp_path / "j", HEADER) as writer:
         with pytest.raises(StateError, match="5 coefficients for 6 draws"):
             writer.append(generation(0, coefficients=np.ones(5, "f4")))
+        for failed in (-1, None, 1 << 32):
+            with pytest.raises(StateError, match="cannot be recorded"):
+                writer.append(generation(0, failed=failed))
         writer.append(generation(0))
     assert len(read_journal(tmp_path / "j").generations) == 1
 

@@ -23,7 +23,6 @@ from esfast.forgetting.laws import (
     last_places,
     norms_of_coefficients,
     random_walk_norm,
-    rounding_noise_norm,
     rounding_variance,
     stochastic_rounding_norm,
 )
@@ -109,8 +108,6 @@ def test_l1_under_stochastic_rounding(scale: float, ratio: float) -> None:
     law = stochastic_rounding_norm(ALPHA, MEMBERS, places, weight, generations, "l1")
     assert near(float(moved.norm()), law, 0.05)
     alone = l1_norm(ALPHA, weight, MEMBERS, WIDE, generations)
-    added = rounding_noise_norm(ALPHA, MEMBERS, places, weight, generations, "l1")
-    assert math.isclose(law**2, alone**2 + added**2, rel_tol=1e-9)
     assert scale < 1 or law > 1.5 * alone  # rounding is not a detail there
 
 

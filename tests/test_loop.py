@@ -32,6 +32,27 @@ def strategy(model: torch.nn.Module, **options: Any) -> EvolutionStrategy:
     return EvolutionStrategy(model, **{"sigma": 0.05, "population_size": 6, **options})
 
 
+def test_autocast_around_the_loop_casts_every_member_anew() -> None:
+    model = torch.nn.Linear(16, 8)
+    es = strategy(model)
+
+    def total() -> float:
+        return model(torch.ones(1, 16)).sum().item()
+
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            base = total()
+            around = [total() for _ in es.population()]
+            after = total()
+        inside = []
+        for _ in es.population():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                inside.append(total())
+    assert around == inside
+    assert after == base
+    assert len({base, *around}) == 7
+
+
 @pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
 def test_inside_the_loop_the_model_is_the_member(memory: str) -> None:
     model = linear()
@@ -105,7 +126,7 @@ def test_leaving_early_restores(
     assert es.generation == 0
 
 
-def test_a_population_left_open_is_restored_by_the_next(capsys: Any) -> None:
+def test_a_population_left_open_is_restored_by_the_next() -> None:
     model = linear()
     es = strategy(model)
     before = bits_of(model.weight)

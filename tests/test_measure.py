@@ -7,7 +7,8 @@ import time
 import pytest
 
 import esfast
-from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock, seconds_since_import
+from esfast.cli import main
+from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock
 
 
 def test_every_second_has_one_name(monkeypatch):
@@ -26,6 +27,10 @@ def test_every_second_has_one_name(monkeypatch):
 def test_the_time_before_a_clock_starts_can_be_told(monkeypatch):
     assert Clock(earlier=2.5).seconds == {"setup": 2.5}
     assert 0 < esfast.BEGAN < time.perf_counter()
-    monkeypatch.setattr("esfast.BEGAN", 2.5)
-    monkeypatch.setattr("time.perf_counter", lambda: 9.0)
-    assert seconds_since_import() == 6.5
+    seen = []
+    monkeypatch.setattr("esfast.BEGAN", time.perf_counter() - 6.5)
+    monkeypatch.setattr("esfast.info.run_info", lambda args: seen.append(args.started_before))
+    monkeypatch.setattr("sys.argv", ["esfast", "info"])
+    main()
+    main(["info"])
+    assert 6.5 <= seen[0] < 60 and seen[1] == 0.0

@@ -89,7 +89,7 @@ def test_what_another_run_measured_is_on_its_account() -> None:
     assert second.tokens() == (READ * 24, WRITTEN * 24)
 
 
-def test_an_engine_that_does_not_say_leaves_it_unknown(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_say_leaves_it_unknown() -> None:
     silent = priors()
     silent.evaluate(NumberEngine(), 0)
     assert silent.tokens() is None

@@ -78,6 +78,18 @@ def test_a_parameter_that_the_module_replaced_is_noticed() -> None:
         weights.perturb(Member(1), 0.1)
 
 
+def test_a_layer_that_the_module_replaced_is_noticed() -> None:
+    module = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.ReLU())
+    weights = Weights(ParameterTable.from_module(module))
+    module[1] = torch.nn.GELU()
+    module[0] = torch.nn.Sequential(module[0][0], torch.nn.Linear(4, 4))  # as adapters wrap layers
+    weights.perturb(Member(1), 0.1)
+    weights.restore()
+    module[0][0] = torch.nn.Linear(4, 4)
+    with pytest.raises(StateError, match=r"'0\.0\.weight' was moved"):
+        weights.perturb(Member(1), 0.1)
+
+
 def test_load_state_dict_that_assigns_is_noticed() -> None:
     module = torch.nn.Linear(4, 4)
     weights = Weights(ParameterTable.from_module(module))
@@ -192,11 +204,18 @@ def test_a_decay_of_no_number_is_told(weight: object) -> None:
 
 @pytest.mark.parametrize(
     "rewards",
-    [["1", "2"], np.array(["1", "2"]), [10**400, 1], torch.ones(2, requires_grad=True), [1, "2"]],
+    [
+        ["1", "2"],
+        np.array(["1", "2"]),
+        [10**400, 1],
+        torch.ones(2, requires_grad=True),
+        [1, "2"],
+        [torch.tensor(1, dtype=torch.bfloat16)] * 2,
+    ],
 )
 def test_rewards_that_are_no_numbers_change_nothing(rewards: object) -> None:
     es = EvolutionStrategy(table_of(torch.randn(5)), population_size=2)
     before = es.weights.checksum()
-    with pytest.raises(DataError, match="are not numbers"):
+    with pytest.raises(DataError, match=r"are not numbers .*reward\.item\(\)"):
         es.step(rewards)  # type: ignore[arg-type]
     assert (es.weights.checksum(), es.generation) == (before, 0)

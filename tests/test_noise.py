@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import torch
 from cases import NOISES, population
 from test_reference import rows
 
 import esfast
+from esfast.bench.measure import CACHED_POPULATION
+from esfast.bench.roofline import COLOURS
 from esfast.members import Member, generation_seed, member_seed, noise, tensor_id
 
 BIG = 1_048_576
@@ -73,6 +76,20 @@ def test_noise_is_the_reference(target: str, kind: str, sign: int) -> None:
         assert got.dtype == np.float32
         wrong = np.flatnonzero(got.view(np.uint32) != want.view(np.uint32))
         assert not wrong.size, (first, int(wrong[0]), got[wrong[0]], want[wrong[0]])
+
+
+def test_a_name_that_the_core_does_not_know_makes_no_noise(monkeypatch) -> None:
+    """Its number would leave the buffer as it was: weights of 1e32, without a word."""
+    monkeypatch.setattr("esfast.members.NOISES", (*NOISES, "pink"))
+    weights = esfast.Weights(esfast.ParameterTable.from_tensors({NAME: torch.zeros(8)}))
+    with pytest.raises(ValueError, match=r"core has 3 noises .* number 3; .* csrc/segments.hpp"):
+        weights.perturb(Member(seed=1, noise="pink"), 0.1)
+    with pytest.raises(ValueError, match="number 3"):
+        noise(Member(seed=1, noise="pink"), NAME, (8,))
+
+
+def test_every_noise_can_be_measured_and_drawn() -> None:
+    assert set(NOISES) == set(COLOURS) == set(CACHED_POPULATION)
 
 
 @cache
@@ -277,6 +294,14 @@ def test_bad_shapes_of_noise_are_refused(shape: Any) -> None:
     with pytest.raises(esfast.ConfigError, match="noise was asked for shape"):
         noise(Member(1), NAME, shape)
     assert noise(Member(1), NAME, np.int64(3)).shape == (3,)  # type: ignore[arg-type]
+
+
+def test_noise_ends_where_indices_do() -> None:
+    assert noise(Member(1), NAME, 2, first=2**64 - 2).shape == (2,)
+    with pytest.raises(esfast.ConfigError, match="indices end"):
+        noise(Member(1), NAME, 3, first=2**64 - 2)
+    with pytest.raises(esfast.ConfigError, match="indices end"):
+        noise(Member(1), NAME, 10**30)
 
 
 @pytest.mark.parametrize(

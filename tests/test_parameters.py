@@ -14,6 +14,17 @@ from esfast.segments import Segment
 COLLIDING = ("w.101237", "w.144138")  # one 32-bit tensor id; found by trying w.0, w.1, ...
 
 
+class Wrapping(torch.Tensor):
+    """As DTensor and quantised tensors are: the elements are another tensor's."""
+
+    def __new__(cls, inner: torch.Tensor) -> Wrapping:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return args[0]
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -72,6 +83,38 @@ def test_include_and_exclude() -> None:
     assert list(rest.names) == ["embed.weight"]
     with pytest.raises(EsfastError, match="table is empty"):
         ParameterTable.from_module(model, include=["nothing.*"])
+
+
+@pytest.mark.parametrize("what", ["include", "exclude"])
+@pytest.mark.parametrize("given", ["norm.*", (pattern for pattern in ["norm.*"])], ids=type)
+def test_patterns_are_a_list(what: str, given: object) -> None:
+    with pytest.raises(ParameterError, match=f"{what}=.* is no list of patterns"):
+        ParameterTable.from_module(Tied(), **{what: given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.ones(3, 3).to_sparse(),
+        Wrapping(torch.ones(3)),
+        torch.nn.UninitializedParameter(),
+    ],
+    ids=["sparse", "wrapping", "lazy"],
+)
+def test_exclude_lets_tensors_without_plain_memory_through(other: torch.Tensor) -> None:
+    model = torch.nn.Linear(2, 2)
+    lazy = isinstance(other, torch.nn.UninitializedParameter)
+    model.odd = other if lazy else torch.nn.Parameter(other)
+    weights = Weights(ParameterTable.from_module(model, exclude=["odd"]))
+    weights.perturb(esfast_member(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_a_module() -> None:
+    model = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2))
+    before = model(torch.ones(1, 2))
+    Weights(ParameterTable.from_module(model)).perturb(esfast_member(), 0.1)
+    assert not torch.equal(model(torch.ones(1, 2)), before)
 
 
 def test_exclude_lets_a_bad_dtype_through() -> None:
@@ -172,8 +215,9 @@ def test_elements_that_share_memory_are_refused(tensor: torch.Tensor) -> None:
     [
         torch.ones(3, device="meta"),
         torch.ones(3, 3).to_sparse(),
+        Wrapping(torch.ones(3)),
     ],
-    ids=["meta", "sparse"],
+    ids=["meta", "sparse", "wrapping"],
 )
 def test_tensors_without_plain_memory_are_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(ParameterError, match="w"):

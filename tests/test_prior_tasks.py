@@ -6,12 +6,14 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from number_engine import NumberEngine, Targets, interrupt_at, make_trainer
 from rich.console import Console
+from test_resume import trainer as resumable
 
 from esfast import ConfigError, DataError
 from esfast.engines.base import Completion
@@ -165,6 +167,29 @@ def test_a_task_that_joins_later_is_evaluated_alone(tmp_path):
     assert engine.calls == 1 and not both.due(0, 4)
 
 
+class Kept:
+    """A logger that keeps the generations of what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, bool]] = []
+
+    def log(self, generation, numbers) -> None:
+        self.told.append((generation, any(name.startswith("prior/") for name in numbers)))
+
+    def close(self) -> None:
+        pass
+
+
+def test_prior_tasks_that_join_later_hide_nothing_that_was_logged(tmp_path):
+    resumable(tmp_path / "run", 2).run()
+    run = resumable(tmp_path / "run", 4, goes_on=True)
+    run.prior, kept = priors(), Kept()
+    run.loggers = [kept]
+    run.run()
+    assert [r["generation"] for r in read_lines(tmp_path / "run" / PRIOR)] == [0, 0, 2, 2, 4, 4]
+    assert kept.told == [(3, False), (4, True), (4, False)]  # tensorboard drops from the first on
+
+
 def trained(tmp_path, engine=None, goes_on=None, **settings):
     trainer = make_trainer(tmp_path, engine, generations=5, **settings)
     trainer.prior = priors()
@@ -230,6 +255,16 @@ def test_the_picture_shows_every_task(tmp_path, monkeypatch):
     )
     draw_run(tmp_path / "run")
     assert ("prior.png", 2) in panels
+
+
+def test_loggers_get_a_curve_a_prior_task(tmp_path):
+    trainer, logged = trained(tmp_path), []
+    logger = SimpleNamespace(log=lambda at, numbers: logged.append((at, numbers)), close=int)
+    trainer.loggers = [logger]
+    trainer.run()
+    for score in trainer.prior.scores:
+        curve = dict.fromkeys([f"prior/{score.task}/greedy"], score.greedy.score)
+        assert any(at == score.generation and curve.items() <= n.items() for at, n in logged)
 
 
 # --- names ----------------------------------------------------------------------------------------

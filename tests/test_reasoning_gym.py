@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from esfast.errors import ConfigError
-from esfast.tasks import make_task
+from esfast.tasks import Score, make_task
 from esfast.tasks.harmless import is_formula
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
 from esfast.tasks.reward_pool import Limits, RewardPool
@@ -75,23 +78,53 @@ def scorer() -> Iterator[RewardPool]:
     pool.close()
 
 
-def gym_task(dataset: str, scorer: RewardPool, **options) -> ReasoningGym:
-    task = make_task(f"reasoning_gym:{dataset}", size=10, **options)
-    task.pool = scorer
-    return task
-
-
 SETS = (
     "sudoku mini_sudoku n_queens futoshiki kakurasu survo tower_of_hanoi rotate_matrix arc_agi "
     "rearc manipulate_matrix pool_matrix binary_matrix modulo_grid knights_knaves emoji_mystery "
     "fraction_simplification sentence_reordering simple_integration countdown leg_counting"
 )
+EVALUATED = ("string_insertion", "spiral_matrix")
+
+
+MAKE_ALL = """
+import json, sys
+from esfast.tasks.gym_rows import marked, rows_of
+made = {name: marked(rows_of(name, {"size": 10, "seed": 0})) for name in sys.argv[1:]}
+print(json.dumps(made))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Any]:
+    """Of all data sets from one process, for importing reasoning_gym takes 1.2 s and more."""
+    command = [sys.executable, "-c", MAKE_ALL, *SETS.split(), *EVALUATED]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def gym_task(rows, scorer, cache, monkeypatch) -> Callable[[str], ReasoningGym]:
+    made = lambda name, config: rows[name]  # noqa: E731
+    monkeypatch.setattr("esfast.tasks.reasoning_gym._made_rows", made)
+
+    def make(dataset: str) -> ReasoningGym:
+        task = make_task(f"reasoning_gym:{dataset}", size=10)
+        task.pool = scorer
+        return task
+
+    return make
 
 
 @pytest.mark.parametrize("dataset", SETS.split())
-def test_a_known_answer_scores_alike_with_and_without_tags(tmp_path, monkeypatch, scorer, dataset):
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
-    task = gym_task(dataset, scorer)
+def test_a_known_answer_scores_alike_with_and_without_tags(gym_task, dataset):
+    task = gym_task(dataset)
     for example in task.held_out(2):
         known = example.data["answer"]
         tagged = task.score(example, f"<answer>{known}</answer>").value
@@ -100,9 +133,8 @@ def test_a_known_answer_scores_alike_with_and_without_tags(tmp_path, monkeypatch
             assert task.score(example, words + known).value == tagged
 
 
-def test_integrals_over_a_capital_letter_are_scored(tmp_path, monkeypatch, scorer):
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
-    task = gym_task("simple_integration", scorer)
+def test_integrals_over_a_capital_letter_are_scored(gym_task):
+    task = gym_task("simple_integration")
     both = [*task.held_out(9), *task.train_batch(0, 0, 8)]
     example = next(e for e in both if re.search(r"\bX\b", e.data["answer"]))
     known = example.data["answer"]
@@ -112,25 +144,67 @@ def test_integrals_over_a_capital_letter_are_scored(tmp_path, monkeypatch, score
 
 def test_problems_do_not_depend_on_the_hashes_of_the_process(tmp_path):
     code = """
-from esfast.tasks import make_task
+from esfast.tasks import Score, make_task
 for name in "list_functions isomorphic_strings ransom_note".split():
     task = make_task(f"reasoning_gym:{name}", size=12)
     print(task.describe()["digest"], [e.data["answer"] for e in task.train_batch(0, 0, 9)])
 """
-    seen = set()
+    running = []
     for seed in "12":
         cache = str(tmp_path / seed)  # cold: each makes its own
         environment = {**os.environ, "PYTHONHASHSEED": seed, "ESFAST_CACHE": cache}
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert len(done.stdout.splitlines()) == 3
-        seen.add(done.stdout)
-    assert len(seen) == 1
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    one, other = (process.communicate()[0] for process in running)
+    assert one == other and len(one.splitlines()) == 3
 
 
-def test_problems_that_cannot_be_made_are_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+def test_problems_that_cannot_be_made_are_said(cache, tmp_path, monkeypatch):
     (tmp_path / "rows.py").write_text("import sys; sys.exit('out of puzzles')")
     monkeypatch.setattr("esfast.tasks.reasoning_gym.ROWS", tmp_path / "rows.py")
     with pytest.raises(ConfigError, match=r"'leg_counting' cannot make .* code 1 .*out of puzzles"):
         make_task("reasoning_gym:leg_counting", size=10)
+
+
+def test_the_extracted_answer_is_scored_and_problems_are_kept(cache, scorer):
+    task = make_task("reasoning_gym:countdown", size=30)
+    task.pool = scorer
+    example = task.held_out(1)[0]
+    right = example.data["answer"]
+    assert task.score(example, f"I think the answer is {right}.") == Score(1.0, "Right.", True)
+    assert task.score(example, f"<answer>{right}</answer>").solved
+    assert task.score(example, "<answer>1 + 1</answer>").value == pytest.approx(0.05)
+    (kept,) = (cache / "reasoning_gym").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert make_task("reasoning_gym:countdown", size=30).held_out(9) == task.held_out(9)
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("dataset", ["countdown", "n_queens", *EVALUATED])
+def test_scorers_that_evaluate_never_see_code(gym_task, dataset, tmp_path):
+    task = gym_task(dataset)
+    example = task.train_batch(0, 0, 1)[0]
+    touched = tmp_path / "touched"
+    code = f"[open({str(touched)!r}, 'w')]"
+    assert task.safe_score(example, f"<answer>{code}</answer>") == Score(
+        0.0, "The answer is not in a plain form that can be scored.", False
+    )
+    assert not touched.exists()
+    assert task.safe_score(example, f"<answer>{example.data['answer']}</answer>").value == 1.0
+
+
+def test_importing_reasoning_gym_is_no_answers_time(tmp_path, monkeypatch):
+    """On busy cores it took more than the 10 s that an answer has; the start's limit is 120."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reasoning_gym.py").write_text("open('imported', 'w')")
+    pool = RewardPool(f"{SCORER}:score", Limits())
+    pool.require_loads()
+    pool.close()
+    assert Path("imported").exists()
+
+
+def test_data_sets_and_options_are_named():
+    with pytest.raises(ConfigError, match=r"no data set 'nim'.*countdown"):
+        make_task("reasoning_gym:nim")
+    with pytest.raises(ConfigError, match="min_numbers"):
+        make_task("reasoning_gym:countdown", colour="red")

@@ -139,7 +139,7 @@ def test_explicit_members_replay(tmp_path):
     assert_tensors(third, model)
 
 
-def test_the_records_own_alpha_and_decay_count(tmp_path):
+def test_the_records_own_alpha_and_decay_count():
     """As of the record, not of the configuration."""
     base = tensors("bfloat16", plain_bits)
     model, plain = clones(base), clones(base)
@@ -254,6 +254,8 @@ def test_a_changed_setting_is_refused_by_name(tmp_path):
     for name, value in changes.items():
         with pytest.raises(ConfigError, match=rf"{name} .*the journal has"):
             keep_journal(strategy(clones(base), **{name: value}), tmp_path / "j")
+        with pytest.raises(ConfigError, match=rf"{name} .*the journal has"):
+            replay(strategy(clones(base), **{name: value}), read_journal(tmp_path / "j"))
     assert (tmp_path / "j").read_bytes() == before
 
 
@@ -271,6 +273,25 @@ def test_weights_that_are_apart_are_noticed(tmp_path):
     assert replay(strategy(clones(base)), read_journal(tmp_path / "j"), verify=False) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"checksum_every": 0}, "checksum_every is 0"),
+        ({"checksum_every": 2.5}, "checksum_every is 2.5"),
+        ({"run": {"rate": np.float32(1)}}, "no JSON"),
+    ],
+)
+def test_a_journal_that_could_not_be_read_is_not_begun(tmp_path, given, told):
+    es = strategy(tensors("float32"))
+    with pytest.raises(ConfigError, match=told):
+        keep_journal(es, tmp_path / "run.esj", **given)
+    assert not list(tmp_path.iterdir())
+    keep_journal(es, tmp_path / "run.esj", checksum_every=np.int64(2)).close()
+    if "run" in given:  # the same where a run goes on
+        with pytest.raises(ConfigError, match=told):
+            keep_journal(es, tmp_path / "run.esj", **given)
+
+
 def test_a_journal_starts_at_the_start():
     es = strategy(tensors("bfloat16"))
     es.step(np.arange(6.0))
@@ -281,6 +302,16 @@ def test_a_journal_starts_at_the_start():
 
 
 # --- going on ---------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_inside_an_open_loop(tmp_path):
+    base = tensors("bfloat16", plain_bits)
+    run(strategy(clones(base)), tmp_path / "j")
+    es = strategy(clones(base))
+    for _ in es.population():
+        keep_journal(es, tmp_path / "j").close()
+        break
+    assert es.generation == GENERATIONS
 
 
 def test_a_run_goes_on_from_its_journal(tmp_path):

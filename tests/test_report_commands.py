@@ -12,7 +12,7 @@ import pytest
 from report_page import words_of
 from report_runs import run_folder, write
 
-from esfast.cli import build_parser
+from esfast.cli import build_parser, main
 from esfast.html_report.change import forgetting_command
 from esfast.html_report.run_data import read_run
 from esfast.run_folder import require_free
@@ -42,6 +42,19 @@ def test_a_second_one_goes_beside_both(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     write(run / "forgetting-2" / "forgetting.json", {})
     assert f"--output {run / 'forgetting-3'} " in forgetting_command(read_run(run, "run"))
+
+
+def test_a_report_replaces_reports_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder(tmp_path / "run")
+    config = (run / "config.json").read_bytes()
+    assert main(["report", str(run), "-o", str(run / "config.json")]) == 2
+    assert "is there already and no report" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == config
+    (tmp_path / "report.html").touch()
+    for _ in range(2):
+        assert main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
 
 
 @pytest.mark.parametrize("spelled", ["--output compared", "--out=./compared"])

@@ -3,6 +3,7 @@ of completion; and generation does not wait for them."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -61,6 +62,10 @@ def moody(example, completion):
         for fd in range(3, 40):
             try: os.write(fd, b"x" * 300_000)
             except OSError: pass
+    if act == "close":
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        os.closerange(0, 256)
+        time.sleep(600)
     if act == "read": return 0.5 if sys.stdin.read() == "" else -9.0
     if act == "slow": time.sleep(float(rest))
     if act == "fork": return float(os.getpid())
@@ -101,6 +106,7 @@ BAD = {
     "forge not JSON": "no reply",
     "forge [1]": "no reply",
     "flood": "no reply",
+    "close": "ended its replies, and goes on",
 }
 
 
@@ -140,6 +146,23 @@ def test_no_limit_and_a_limit_too_small_to_load(here, request):
     for wrong in ({"memory": -1}, {"timeout": 0}, {"workers": 0}):
         with pytest.raises(ConfigError, match=r"reward (memory|timeout|workers) is"):
             custom(request, **wrong)
+
+
+def test_a_machine_without_room_for_a_process(here, request, monkeypatch):
+    """`ulimit -u`, pids.max of a container, `ulimit -n`."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    task = custom(request)
+    with monkeypatch.context() as full:
+        full.setattr("subprocess.Popen", refuse)
+        with pytest.raises(ConfigError, match="no process can be started"):
+            custom(request)
+        task.pool._processes[0]._end()
+        (score,) = task.score_all(task.train_batch(0, 0, 1), ["fine"])
+        assert score.failed and "no process can be started" in score.feedback
+    assert [score.value for score in task.score_all(task.train_batch(0, 0, 1), ["fine"])] == [1.0]
 
 
 def test_limits_of_all_processes_together_leave_room(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from esfast import ConfigError, StateError
+from esfast import ConfigError, EsfastError, StateError
 from esfast.checkpoint import new_folder
 from esfast.run_folder import RunFolder, alone, read_config
 
@@ -18,6 +20,22 @@ def test_of_two_runs_that_make_a_folder_at_once_one_is_refused(
     RunFolder(tmp_path / "run", {"seed": 1})
     with pytest.raises(ConfigError, match=r"another run's.*--output"):
         RunFolder(tmp_path / "run", {"seed": 2})
+    assert read_config(tmp_path / "run") == {"seed": 1}
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_run_that_could_not_say_what_it_is_leaves_its_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
+) -> None:
+    def end(_: int) -> None:
+        raise KeyboardInterrupt if kill else OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", end)
+        with pytest.raises(KeyboardInterrupt if kill else EsfastError):
+            RunFolder(tmp_path / "run", {"seed": 1})
+    assert not any((tmp_path / "run").iterdir())
+    RunFolder(tmp_path / "run", {"seed": 1})
     assert read_config(tmp_path / "run") == {"seed": 1}
 
 
@@ -36,7 +54,11 @@ def test_folders_of_models_that_were_not_saved_whole_go(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", {})
     (run.path / ".model.new-0123").mkdir()
     (run.path / ".model.new-0123" / "model.safetensors").write_bytes(b"half")
+    run.snapshots.mkdir()
+    (run.snapshots / ".generation-000002.safetensors.tmp").write_bytes(b"half")
+    (run.path / ".samples.json.77.tmp").write_bytes(b"half")
     RunFolder(tmp_path / "run", {}, changes={}).begin()
+    run.snapshots.rmdir()
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
 
 

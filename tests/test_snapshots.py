@@ -86,6 +86,18 @@ def test_a_snapshot_of_another_kind_is_passed_over(tmp_path):
     assert_tensors(again, model)
 
 
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+def test_what_was_made_in_inference_mode_takes_a_state_outside(memory):
+    with torch.inference_mode():
+        model = tensors("bfloat16")
+        weights = strategy(model, memory).weights
+    state = [tensor.clone() for tensor in weights.state()]
+    before = weights.checksum()
+    weights.update([Member(1)], [1.0])
+    weights.load_state(state)
+    assert weights.checksum() == before
+
+
 def test_a_state_of_another_table_is_refused():
     weights = strategy(tensors("bfloat16")).weights
     with pytest.raises(ParameterError, match="does not fit this table of 5 segments"):

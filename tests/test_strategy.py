@@ -73,6 +73,13 @@ def test_bad_configurations_are_refused(fields: dict[str, Any]) -> None:
         Strategy(StrategyConfig(**fields))
 
 
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+@pytest.mark.parametrize("fields", [{"alpha": 0.0}, {"population_size": 0}], ids=str)
+def test_automatic_decay_of_bad_settings_is_refused(kind: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(esfast.ConfigError, match=f"{next(iter(fields))} is 0"):
+        AnchoredDecay.automatic(kind, **{"alpha": 0.1, "population_size": 4, **fields})
+
+
 # ---- the user's loop ---------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +14,6 @@ from esfast.tasks import Example, Score, Task, make_task
 from esfast.tasks.countdown import Countdown
 from esfast.tasks.draws import Draws, digest_int
 from esfast.tasks.gsm8k import final_number
-from esfast.tasks.reasoning_gym import SCORER, ReasoningGym
-from esfast.tasks.reward_pool import Limits, RewardPool
 
 
 def ids(examples: list[Example]) -> set[str]:
@@ -207,72 +204,6 @@ def reachable(numbers: tuple[Fraction, ...]) -> set[Fraction]:
                 for value in (a + b, a - b, a * b, *([a / b] if b else [])):
                     found |= reachable((*rest, value))
     return found
-
-
-# --- reasoning-gym ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def scorer() -> Iterator[RewardPool]:
-    """One process for all data sets: importing reasoning_gym there takes 5 s."""
-    pool = RewardPool(f"{SCORER}:score", Limits(workers=1))
-    yield pool
-    pool.close()
-
-
-def gym_task(dataset: str, size: int, scorer: RewardPool) -> ReasoningGym:
-    task = make_task(f"reasoning_gym:{dataset}", size=size)
-    task.pool = scorer
-    return task
-
-
-def test_reasoning_gym_scores_the_extracted_answer_and_keeps_its_problems(cache, scorer):
-    task = gym_task("countdown", 30, scorer)
-    example = task.held_out(1)[0]
-    right = example.data["answer"]
-    assert task.score(example, f"I think the answer is {right}.") == Score(1.0, "Right.", True)
-    assert task.score(example, f"<answer>{right}</answer>").solved
-    assert task.score(example, "<answer>1 + 1</answer>").value == pytest.approx(0.05)
-    (kept,) = (cache / "reasoning_gym").iterdir()
-    before = kept.stat().st_mtime_ns
-    assert make_task("reasoning_gym:countdown", size=30).held_out(9) == task.held_out(9)
-    assert kept.stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("dataset", ["countdown", "string_insertion", "spiral_matrix", "n_queens"])
-def test_reasoning_gym_scorers_that_evaluate_never_see_code(cache, dataset, tmp_path, scorer):
-    task = gym_task(dataset, 10, scorer)
-    example = task.train_batch(0, 0, 1)[0]
-    touched = tmp_path / "touched"
-    code = f"[open({str(touched)!r}, 'w')]"
-    assert task.safe_score(example, f"<answer>{code}</answer>") == Score(
-        0.0, "The answer is not in a plain form that can be scored.", False
-    )
-    assert not touched.exists()
-    assert task.safe_score(example, f"<answer>{example.data['answer']}</answer>").value == 1.0
-
-
-def test_importing_reasoning_gym_is_no_answers_time(tmp_path, monkeypatch):
-    """On busy cores it took more than the 10 s that an answer has; the start's limit is 120."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "reasoning_gym.py").write_text("open('imported', 'w')")
-    pool = RewardPool(f"{SCORER}:score", Limits())
-    pool.require_loads()
-    pool.close()
-    assert Path("imported").exists()
-
-
-def test_reasoning_gym_names_its_data_sets_and_options(cache):
-    with pytest.raises(ConfigError, match=r"no data set 'nim'.*countdown"):
-        make_task("reasoning_gym:nim")
-    with pytest.raises(ConfigError, match="min_numbers"):
-        make_task("reasoning_gym:countdown", colour="red")
 
 
 # --- gsm8k ------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from number_engine import SIZE, NumberEngine, Targets, interrupt_at, make_trainer, shown
+from rich.console import Console
 
 from esfast import (
     AnchoredDecay,
@@ -22,11 +25,14 @@ from esfast import (
     member_seed,
 )
 from esfast.engines.base import Sampling
+from esfast.held_out import HeldOut
 from esfast.journal import read_journal
-from esfast.loggers import make_loggers, require_packages
+from esfast.loggers import TensorBoardLogger, make_loggers, require_packages
 from esfast.plots import draw_run
+from esfast.progress import GenerationReport, RunProgress
 from esfast.report import _shown, print_result
 from esfast.run_folder import RunFolder, append_line, read_lines
+from esfast.tasks import Score
 from esfast.train import TrainConfig
 
 
@@ -231,6 +237,45 @@ def test_plots_are_drawn_from_the_folder(tmp_path):
     assert b"esfast 0, noise 1, t, now: test" in pictures[0].read_bytes()
 
 
+def legends_over_curves(folder, monkeypatch) -> list[bool]:
+    """Of each legend of a run's pictures, whether it lies where curves run."""
+    from matplotlib.figure import Figure
+
+    covered = []
+
+    def look(figure, *_, **__):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            if axes.get_legend() is not None:
+                inside = axes.get_window_extent()
+                covered.append(axes.get_legend().get_window_extent().overlaps(inside))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    draw_run(folder)
+    return covered
+
+
+def test_no_legend_covers_a_curve(tmp_path, monkeypatch):
+    make_trainer(tmp_path).run()
+    assert legends_over_curves(tmp_path / "run", monkeypatch) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("width", "terminal", "most"),
+    [(120, True, 99), (80, True, 80), (40, True, 80), (40, False, 99)],
+)
+def test_a_generation_is_a_line_of_the_terminal(width, terminal, most):
+    page = io.StringIO()
+    console = Console(file=page, width=width, force_terminal=terminal, _environ={})
+    with RunProgress(500, 30, console) as progress:
+        progress.member(499, 29)
+        report = GenerationReport(500, 0.5, 0.1, 0.9, 0, 1234.0, 60.0, 0.05, 0)
+        progress.generation(report, HeldOut(500, (Score(0.5),), ("",)))
+    (line,) = [line for line in page.getvalue().splitlines() if "reward" in line]
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", line)
+    assert len(line) <= most and ("outside" in line) == ("left" in line) == (most > 80)
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trainer = make_trainer(tmp_path, generations=4)
@@ -240,14 +285,26 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     rows = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
     means = [event.value for event in events.Scalars("reward_mean")]
     assert means == pytest.approx([row["reward_mean"] for row in rows], rel=1e-6)
-    assert [event.step for event in events.Scalars("held_out_score")] == [2, 4]
+    assert [event.step for event in events.Scalars("held_out_score")] == [0, 2, 4]
+
+
+def test_tensorboard_shows_a_repeated_generation_once_and_at_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    killed, again = (TensorBoardLogger(tmp_path) for _ in range(2))
+    for generation in (0, 1, 2, 3):
+        killed.log(generation, {"reward_mean": 1.0})  # never closed
+    for generation in (2, 3, 4):
+        again.log(generation, {"reward_mean": 2.0})
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in found.Scalars("reward_mean")]
+    assert shown == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
 
 
 def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
     (tmp_path / "trackio.py").write_text(
         "calls = []\n"
-        "def init(**k): calls.append(('init', k['project'], k['name']))\n"
-        "def log(numbers, step): calls.append(('log', step, numbers['reward_mean']))\n"
+        "def init(**k): calls.append(('init', k['resume'], k['project'], k['name']))\n"
+        "def log(numbers, step): calls.append(('log', step, numbers))\n"
         "def finish(): calls.append(('finish',))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -257,11 +314,15 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
     import trackio
 
     assert [call[:2] for call in trackio.calls] == [
-        ("init", "esfast"),
+        ("init", "never"),
+        ("log", 0),
         ("log", 1),
         ("log", 2),
         ("finish",),
     ]
+    (logger,) = make_loggers(["trackio"], tmp_path / "run", {})
+    logger.log(3, {})  # as a run that goes on
+    assert trackio.calls[5:] == [("init", "allow", "esfast", "run"), ("log", 3, {})]
 
 
 def test_a_missing_logger_is_refused_by_name():

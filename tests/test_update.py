@@ -335,6 +335,10 @@ BAD_UPDATES: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "text": ((population("gaussian", 1), ["1"]), {}, "coefficients are no numbers"),
     "complex": ((population("gaussian", 1), [1j]), {}, "coefficients are no numbers"),
+    "ragged": ((population("gaussian", 1), [[1.0], []]), {}, "coefficients are no numbers"),
+    "graph": (
+        (population("gaussian", 1), torch.ones(1, requires_grad=True)), {}, "are no numbers .*grad"
+    ),
     "no member": (([7], [1.0]), {}, "a member is 7; make it with"),
     "decay": ((population("gaussian", 1), [1.0]), {"decay": "l2", "alpha": 0.1}, "decay is 'l2'"),
 }  # fmt: skip

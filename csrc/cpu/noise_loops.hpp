@@ -208,9 +208,11 @@ static const float* fill_noise(const PerturbCall& call, uint32_t tensor, const B
   const Stream s =
       make_stream(call.source.seed, high_word(call.noise, b.index), tensor, call.source.purpose);
   float* out = buffers.noise;
-  if (call.noise == Noise::gaussian) fill_gaussian<L>(s, b.tile(), b.tiles(), out);
-  if (call.noise == Noise::rademacher) fill_rademacher<L>(s, b.tile(), b.tiles(), out);
-  if (call.noise == Noise::hadamard) fill_hadamard<L>(s, call.source.row, b.tile(), b.tiles(), out);
+  switch (call.noise) {  // without a default: the compiler names a noise that is left out
+    case Noise::gaussian: fill_gaussian<L>(s, b.tile(), b.tiles(), out); break;
+    case Noise::rademacher: fill_rademacher<L>(s, b.tile(), b.tiles(), out); break;
+    case Noise::hadamard: fill_hadamard<L>(s, call.source.row, b.tile(), b.tiles(), out); break;
+  }
   return out + b.lead();
 }
 
@@ -230,12 +232,17 @@ static void prepare_streams(const UpdateCall& call, uint32_t tensor, uint64_t in
 template <class L>
 static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Block& b, Buffers& u) {
   prepare_streams(call, tensor, b.index, u);
-  if (call.noise == Noise::gaussian)
-    add_gaussian<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
-  if (call.noise == Noise::rademacher)
-    add_rademacher<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
-  if (call.noise == Noise::hadamard)
-    add_hadamard<L>(u, call.count, call.hadamard_scale, b.tile(), b.tiles(), u.noise);
+  switch (call.noise) {
+    case Noise::gaussian:
+      add_gaussian<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
+      break;
+    case Noise::rademacher:
+      add_rademacher<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
+      break;
+    case Noise::hadamard:
+      add_hadamard<L>(u, call.count, call.hadamard_scale, b.tile(), b.tiles(), u.noise);
+      break;
+  }
   return u.noise + b.lead();
 }
 

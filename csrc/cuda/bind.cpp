@@ -26,7 +26,7 @@ void check(const Status& status) {
 
 PerturbCall perturb_call(int noise, const MemberSpec& member, double scale) {
   const DefaultFloats floats;
-  const Noise kind = static_cast<Noise>(noise);
+  const Noise kind = noise_of(noise);
   return {kind, make_source(kind, member), static_cast<float>(scale)};
 }
 
@@ -38,7 +38,7 @@ struct Population {
   Population(int noise, const std::vector<MemberSpec>& members,
              const std::vector<double>& coefficients) {
     const DefaultFloats floats;
-    const Noise kind = static_cast<Noise>(noise);
+    const Noise kind = noise_of(noise);
     terms = make_terms(kind, members, coefficients);
     call = {kind,
             terms.sources.data(),

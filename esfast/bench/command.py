@@ -43,12 +43,12 @@ from esfast.bench.workload import (
     shapes_of_count,
     shapes_of_model,
 )
-from esfast.errors import ConfigError
+from esfast.errors import ConfigError, first_line
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
 from esfast.provenance import commit, device_name, one_line, provenance
 from esfast.resources import require_memory, usable_cores
-from esfast.train_flags import thread_count
+from esfast.train_flags import positive, thread_count
 from esfast.weights import MEMORIES
 from esfast.whole_file import whole_file
 
@@ -70,29 +70,36 @@ class Plan:
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast bench`."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"])
-    what.add_argument("--noise", nargs="+", choices=NOISES, default=list(NOISES))
-    what.add_argument("--memory", nargs="+", choices=MEMORIES, default=["lean", "shadow"])
+    for name, choices, default, about in (
+        ("dtype", tuple(DTYPES), ["bfloat16"], "of the weights"),
+        ("noise", NOISES, list(NOISES), "docs/noise.md"),
+        ("memory", MEMORIES, ["lean", "shadow"], "of esfast.Weights"),
+    ):
+        what.add_argument(f"--{name}", nargs="+", choices=choices, default=default, help=about)
     what.add_argument(
-        "--population", nargs="+", type=_positive, default=[8, 30, 128],
+        "--population", nargs="+", type=positive, default=[8, 30, 128],
         help="of updates; 30 is 32 for Hadamard, a whole group",
     )  # fmt: skip
     what.add_argument("--only", default="", metavar="REGEX", help="cases whose name has a match")
     table = parser.add_argument_group("the weights").add_mutually_exclusive_group()
     table.add_argument("--model", default=DEFAULT_MODEL, help="its shapes; no weights are read")
-    table.add_argument("--parameters", type=_count, default=None, metavar="N", help="or so many")
+    table.add_argument(
+        "--parameters", type=_count, default=None, metavar="N", help="or so many, such as 1B"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default=CPU, help="cpu, or cuda")
-    where.add_argument("--threads", nargs="+", type=thread_count, default=[usable_cores()])
+    cores = [usable_cores()]
+    where.add_argument(
+        "--threads", nargs="+", type=thread_count, default=cores, help="one run each"
+    )
     where.add_argument(
         "--targets", nargs="+", choices=_core.targets(), default=[_core.target()],
         help="instruction sets",
     )  # fmt: skip
     out = parser.add_argument_group("how often, and where to")
-    out.add_argument("--rounds", type=_positive, default=5, help="measured; one more before")
-    out.add_argument("--json", type=Path, default=None, metavar="FILE", help="replaced")
+    out.add_argument("--rounds", type=positive, default=5, help="measured; one more before")
+    out.add_argument("--json", type=Path, default=None, metavar="FILE", help="all rows; replaced")
     out.add_argument("--csv", type=Path, default=None, metavar="FILE", help="merged row by row")
     out.add_argument("--plot", type=Path, default=None, metavar="FILE", help="roofline PNG")
 
@@ -181,7 +188,7 @@ def _device(name: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"--device {name!r} cannot be used: {str(error).splitlines()[0]}. Give cpu, or cuda "
+            f"--device {name!r} cannot be used: {first_line(error)}. Give cpu, or cuda "
             f"where `esfast info` shows a device."
         ) from None
     if device.type not in (CPU, "cuda"):
@@ -267,12 +274,6 @@ def _stamp(plan: Plan, load: float | None, threads: int) -> Stamp:
 
 
 # ---- flags -------------------------------------------------------------------------------------
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -41,8 +41,8 @@ def quiet_note(load: float | None, cores: int) -> str | None:
         return None
     return (
         f"note: the load average was {load:.1f} on {cores} cores before this began, so other work "
-        "is running: figures are too low and vary, and torch's threads suffer most, which flatters "
-        "x torch; run again on a quiet machine."
+        "is running: times come out too long and vary, and torch's threads suffer most, which "
+        "flatters x torch; run again on a quiet machine."
     )
 
 
@@ -59,18 +59,21 @@ def _table(rows: Sequence[Row]) -> Table:
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     kernels = [row for row in rows if row.memory not in (BUFFER, CACHE)]
-    before = None
+    before, whole = None, max((row.parameters for row in kernels), default=0)
     for row in sorted(kernels, key=lambda row: row.memory == TORCH):
         name = "no noise" if row.noise == "none" else f"{row.noise}, {row.memory}"
         if name != before:
             table.add_row(Text(name, style="bold"))
         before = name
-        table.add_row(*_cells(row), style="dim" if row.memory == TORCH else None)
+        table.add_row(*_cells(row, whole), style="dim" if row.memory == TORCH else None)
     return table
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, whole: int) -> tuple[str, ...]:
+    """whole: parameters of the table, of which a row may have run over a part."""
     name = f"{row.kernel} {row.population}" if row.kernel == UPDATE else row.kernel
+    if row.parameters < whole:
+        name += f", 1/{round(whole / row.parameters)}"
     share = f"{100 * row.share_of_limit:.0f} % {row.limit}" if row.share_of_limit else ""
     return (
         f"  {name}",

@@ -43,7 +43,6 @@ LENGTHS = ("whole", "tensor")
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast forgetting`."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("subjects", nargs="+", metavar="RUN", help="run folder, or a checkpoint's")
     parser.add_argument("--base", required=True, metavar="MODEL", help="the runs' --model")
     parser.add_argument(
@@ -58,19 +57,23 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as-dtype", choices=DTYPES, default=None, help="compare as stored in it")
     parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--device", default="cpu", help="of the replay and of the answers")
-    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--plots", action=argparse.BooleanOptionalAction, default=True, help="PNGs in --output"
+    )
     _add_answer_flags(parser.add_argument_group("answers"))
     add_task_flags(parser.add_argument_group("target task; the first run's own if not given"))
 
 
 def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--kl", action=argparse.BooleanOptionalAction, default=True, help="in both directions"
+    )
     group.add_argument("--kl-at", default="last", help="generations, as --at")
-    group.add_argument("--kl-prompts", default=None, metavar="TASK,...", help="prior tasks")
+    group.add_argument("--kl-prompts", default=None, metavar="TASK,...", help="prior tasks, too")
     group.add_argument("--kl-count", type=positive, default=32, help="prompts a task")
     group.add_argument("--kl-tokens", type=positive, default=32, help="of an answer at most")
     group.add_argument("--kl-samples", type=positive, default=1, help="answers a prompt")
-    group.add_argument("--kl-seed", type=natural, default=0)
+    group.add_argument("--kl-seed", type=natural, default=0, help="of the answers")
     group.add_argument("--kl-dtype", choices=DTYPES, default="float32", help="of both models")
     group.add_argument("--score", type=natural, default=64, help="prompts a task; 0: no scores")
     group.add_argument(
@@ -79,7 +82,9 @@ def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="the first run's --max-new-tokens on its own task, else the task's own",
     )
-    group.add_argument("--equal-norm", choices=LENGTHS, default=None, help="controls: one length")
+    group.add_argument(
+        "--equal-norm", choices=LENGTHS, default=None, help="controls: changes of one length"
+    )
     group.add_argument("--random-directions", type=natural, default=1, help="of the controls")
     group.add_argument("--batch-size", type=positive, default=32, help="rows decoded together")
 
@@ -235,7 +240,7 @@ def run_forgetting(args: argparse.Namespace) -> int:
         subject.generations(_words(args.kl_at), None)
     notes: list[str] = []
     sets = prompt_sets(args, notes) if args.kl or args.score else []
-    console = Console()
+    console = Console(markup=False, emoji=False)  # it shows names of runs and tasks
     try:
         _require_answers(args, sets)
         base = Base.of(args.base)

@@ -69,7 +69,7 @@ def _norm(axes: Any, found: Row) -> None:
         axes.plot([], [], color=GREY, linestyle=":", label="law: its steps as independent noise")
     axes.set(title="Norm of the change", xlabel="generation", ylabel="‖tuned − base‖₂")
     if far_apart:
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")  # a law of 0 so far
     else:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)

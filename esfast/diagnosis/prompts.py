@@ -13,7 +13,8 @@ import argparse
 from esfast.diagnosis.recorded import recorded_flags
 from esfast.errors import ConfigError
 from esfast.forgetting.answers import PromptSet
-from esfast.prior.evaluation import OwnTask, PriorSettings, make_prior_task
+from esfast.prior import PriorSettings, make_prior_task
+from esfast.prior.evaluation import OwnTask
 from esfast.train_flags import add_task_flags, task_of
 
 TOKENS = "max_new_tokens"

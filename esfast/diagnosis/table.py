@@ -1,37 +1,56 @@
-"""What `esfast forgetting` shows when it is done: runs and checkpoints side by side."""
+"""What `esfast forgetting` shows when it is done: runs and checkpoints side by side.
+
+80 columns hold it where names are short; forgetting.json and the CSV files have every digit, and
+the means over prompts that are left out here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
-from esfast.diagnosis.records import Row, models, scored, sparsity, within_one_ulp
+from esfast.diagnosis.records import OWN, Row, models, scored, sparsity, within_one_ulp
 
 PIPED = 200  # columns, where no terminal says how many it has
+NARROWEST = 80  # below, a terminal breaks the lines, which keeps the numbers whole
 
 
 def print_tables(console: Console, found: Row) -> None:
     """Drift, groups, KL, scores, and the notes."""
-    wide = console if console.is_terminal else Console(file=console.file, width=PIPED)
-    for table in (_drift(found), _groups(found), _kl(found), _scores(found)):
+    wide = console
+    if not console.is_terminal or console.width < NARROWEST:
+        wide = _as_wide_as(console, NARROWEST if console.is_terminal else PIPED)
+    for title, table in (
+        ("change of the weights", _drift(found)),
+        ("norm, and share |Δ|<1e-6, by module group after the last generation", _groups(found)),
+        ("KL in nats a token, exact at sampled prefixes", _kl(found)),
+        ("score of greedy answers", _scores(found)),
+    ):
         if table.row_count:
+            wide.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)
             wide.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _as_wide_as(console: Console, width: int) -> Console:
+    return Console(file=console.file, width=width, markup=False, emoji=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        justify: JustifyMethod = "right" if number else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=number > 0)
     return table
 
 
 def _drift(found: Row) -> Table:
     columns = ("norm", "relative", "mean |Δ|", "max |Δ|", "|Δ|<1e-6", "Δ=0", "≤1 ulp", "90 % in")
-    table = _table("change of the weights", "model", "generation", *columns)
+    table = _table("model", "at", *columns)
     for subject in found["subjects"]:
         for record in subject["drift"]:
             whole = record["whole"]
@@ -49,7 +68,7 @@ def _drift(found: Row) -> Table:
 
 def _groups(found: Row) -> Table:
     last = {s["name"]: s["drift"][-1]["groups"] for s in found["subjects"] if s["drift"]}
-    table = _table("norm and share |Δ|<1e-6, a module group, last generation", "group", *last)
+    table = _table("group", *last)
     for group in found["groups"]:
         if any(group in groups for groups in last.values()):
             table.add_row(group, *(_group(found, groups.get(group)) for groups in last.values()))
@@ -61,35 +80,49 @@ def _group(found: Row, change: Row | None) -> str:
 
 
 def _kl(found: Row) -> Table:
-    means = ("nats a token, all tokens alike", "all prompts alike")
-    table = _table("KL, exact at sampled prefixes", "model", "at", "prompts", "direction", *means)
+    """A block a set of prompts and norm, a row a model and generation, a column a direction."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for norm, name, model in models(found):
         for record in model["kl"]:
-            at = norm if record["generation"] is None else f"{norm}, {record['generation']}"
-            table.add_row(
-                name,
-                at,
-                f"{record['prompts']} ({record['kind']})",
-                record["direction"],
-                *(
-                    _estimate(record["exact"][mean])
-                    for mean in ("token_weighted", "prompt_averaged")
-                ),
-            )
-    return table
+            row = rows.setdefault((_asked(norm, record), _named(name, record)), {})
+            row[record["direction"]] = _estimate(record["exact"]["token_weighted"])
+    directions = list(dict.fromkeys(direction for row in rows.values() for direction in row))
+    return _blocks(
+        _table("model", *directions),
+        ((*key, *(row.get(d, "-") for d in directions)) for key, row in rows.items()),
+    )
 
 
 def _scores(found: Row) -> Table:
-    table = _table("score, greedy answers", "model", "at", "prompts", "score", "exactly right")
+    rows = []
     for norm, name, model in scored(found):
         for record in model["scores"]:
-            at = norm if record["generation"] is None else f"{norm}, {record['generation']}"
-            prompts = f"{record['prompts']} ({record['kind']})"
             failed = record["failed_rewards"]
             mark = f", {failed} not scored" if failed else ""
             parts = (_interval(record, "score") + mark, _interval(record, "solved"))
-            table.add_row(name, at, prompts, *parts)
+            rows.append((_asked(norm, record), _named(name, record), *parts))
+    return _blocks(_table("model", "score", "exactly right"), rows)
+
+
+def _blocks(table: Table, rows: Iterable[tuple[str, ...]]) -> Table:
+    """Adds ROWS of (block, cell, cell ...), a head above each block."""
+    blocks: dict[str, list[tuple[str, ...]]] = {}
+    for block, *cells in rows:
+        blocks.setdefault(block, []).append(tuple(cells))
+    for block, inside in blocks.items():
+        table.add_row(Text(block, style="bold"))
+        for first, *others in inside:
+            table.add_row(f"  {first}", *others)
     return table
+
+
+def _asked(norm: str, record: Row) -> str:
+    kept = "" if norm in (OWN, "base") else f", {norm}"
+    return f"{record['prompts']} ({record['kind']}){kept}"
+
+
+def _named(name: str, record: Row) -> str:
+    return name if record["generation"] is None else f"{name}, {record['generation']}"
 
 
 def _interval(record: Row, name: str) -> str:
@@ -100,13 +133,13 @@ def _interval(record: Row, name: str) -> str:
 
 
 def _estimate(estimate: Row) -> str:
-    return f"{estimate['value']:.4g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 def _or_dash(show: Callable[[float], str]) -> Callable[[float | None], str]:
     return lambda value: "-" if value is None else show(value)
 
 
-_short = _or_dash(lambda value: f"{value:.4g}")
-_share = _or_dash(lambda value: f"{100 * value:.2f} %")
+_short = _or_dash(lambda value: f"{value:.3g}")
+_share = _or_dash(lambda value: f"{100 * value:.1f} %")
 _number = _or_dash(lambda value: f"{value:.0f}")

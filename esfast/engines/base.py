@@ -41,8 +41,8 @@ class Sampling:
 
     `temperature=0` is greedy decoding; `top_p` and `seed` count only above it. `seed` and a
     prompt's position in the list decide its random numbers, not the batch that it falls into. A
-    completion ends before the first of the `stop` texts, at the model's end token, or after
-    `max_new_tokens`. Raises ConfigError for a value outside its range.
+    completion ends before the first of the `stop` texts (a special token may be one), at the
+    model's end token, or after `max_new_tokens`. Raises ConfigError for a value outside its range.
     """
 
     max_new_tokens: int
@@ -91,11 +91,6 @@ class Completion:
 @runtime_checkable
 class Engine(Protocol):
     """Generates text with weights that a run edits in place."""
-
-    @property
-    def tokens_generated(self) -> int:
-        """Tokens generated since the engine was made; the sum of every `Completion.tokens`."""
-        ...
 
     def live_weights(
         self, memory: str = "lean", anchor: Path | bool = False, threads: int | None = None

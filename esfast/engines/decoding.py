@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ class Ends:
         pad = getattr(tokenizer, "pad_token_id", None)
         return Ends(frozenset(ids), pad if pad is not None else min(ids, default=0))
 
+    def and_stops(self, tokenizer: Any, stop: Sequence[str]) -> Ends:
+        """With the special tokens among the stop texts, which no decoded text shows."""
+        known = getattr(tokenizer, "added_tokens_decoder", {})
+        also = {number for number, one in known.items() if one.special and one.content in stop}
+        return replace(self, tokens=self.tokens | also)
+
 
 @dataclass
 class _Row:
@@ -59,7 +65,7 @@ class Decoder:
     def __init__(self, model: Any, tokenizer: Any, ends: Ends, sampling: Sampling) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._ends = ends
+        self._ends = ends.and_stops(tokenizer, sampling.stop)
         self._sampling = sampling
         accepted = inspect.signature(model.forward).parameters
         # An index, not the number 1: the slice that 1 makes is not contiguous, and where weights

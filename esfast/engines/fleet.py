@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from esfast.engines.base import Completion, Engine, Prompt, Sampling
+from esfast.engines.base import Completion, Engine, Measured, Prompt, Sampling
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MemberAnswers:
 
 
 @runtime_checkable
-class Fleet(Engine, Protocol):
+class Fleet(Engine, Measured, Protocol):
     """See `esfast.launch.ray.RayFleet`. note: told, in words, what happens to the engines."""
 
     note: Callable[[str], None]
@@ -35,12 +35,4 @@ class Fleet(Engine, Protocol):
         self, generation: int, count: int, prompts: Sequence[Prompt], sampling: Sampling
     ) -> Iterator[MemberAnswers]:
         """Members 0 .. count - 1, each once, in the order in which they are done."""
-        ...
-
-    def reset_peak(self) -> bool:
-        """Forget the peaks of memory so far; False where an engine cannot."""
-        ...
-
-    def peak_bytes(self) -> int:
-        """The largest peak of one engine since then, as `esfast.measure.peak_bytes`."""
         ...

@@ -53,11 +53,6 @@ class Plan:
     batches: tuple[Batch, ...]
     lengths: tuple[int, ...]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(self.lengths)
-
 
 def key(prompts: Sequence[Prompt]) -> Hashable:
     """Equal for equal lists of prompts. Raises DataError for what is no prompt."""

@@ -29,7 +29,7 @@ from esfast.engines.attention import short_row_attention
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.decoding import Decoder, Ends
 from esfast.engines.kv_cache import can_share
-from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.errors import ConfigError, EsfastError, StateError, first_line
 from esfast.parameters import ParameterTable
 from esfast.weights import Weights, weights_of
 
@@ -72,13 +72,7 @@ class TransformersEngine:
         self._ends = Ends.of(model, tokenizer)
         self._plans: OrderedDict[Hashable, prompting.Plan] = OrderedDict()
         self._table: ParameterTable | None = None
-        self._tokens_generated = 0
         self._closed = False
-
-    @property
-    def tokens_generated(self) -> int:
-        """Tokens generated since the engine was made."""
-        return self._tokens_generated
 
     def table(self) -> ParameterTable:
         """The model's live parameters; the same table at every call."""
@@ -110,9 +104,7 @@ class TransformersEngine:
         plan = self._plan(prompts)
         prompting.require_length(prompts, plan.lengths, sampling.max_new_tokens, self._context())
         with self._generating():
-            completions = Decoder(self.model, self.tokenizer, self._ends, sampling).run(plan)
-        self._tokens_generated += sum(completion.tokens for completion in completions)
-        return completions
+            return Decoder(self.model, self.tokenizer, self._ends, sampling).run(plan)
 
     def require_room(
         self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
@@ -160,7 +152,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError as error:
             raise EsfastError(
                 f"the memory of {self.model.device} does not hold {self.batch_size} rows at once "
-                f"({str(error).splitlines()[0]}). Lower batch_size or max_new_tokens."
+                f"({first_line(error)}). Lower batch_size or max_new_tokens."
             ) from None
         finally:
             if training:

@@ -31,6 +31,7 @@ from esfast import measure
 from esfast.checkpoint import ORIGIN, new_folder, require_replaceable
 from esfast.engines import prompts as prompting
 from esfast.engines.base import Completion, Prompt, Sampling
+from esfast.engines.decoding import Ends
 from esfast.engines.vllm_derived import REFUSE_LATER
 from esfast.engines.vllm_options import require_options, require_plain
 from esfast.engines.vllm_reach import require_reach
@@ -103,9 +104,8 @@ class VLLMEngine:
             )
         self.system_prompt = system_prompt
         self._chat = has_template if chat is None else chat
-        self._ends = sorted(ends_of(self.folder, self.tokenizer))
+        self._ends = ends_of(self.folder, self.tokenizer)
         self._plans: OrderedDict[Hashable, _Rows] = OrderedDict()
-        self._tokens_generated = 0
         self._weights: RemoteWeights | None = None
         given = {
             "dtype": dtype,
@@ -118,11 +118,6 @@ class VLLMEngine:
         self._closed = False
         _OPEN.add(self)
         self._try_weights()
-
-    @property
-    def tokens_generated(self) -> int:
-        """Tokens generated since the engine was made."""
-        return self._tokens_generated
 
     def live_weights(
         self, memory: str = "lean", anchor: Path | bool = False, threads: int | None = None
@@ -147,12 +142,10 @@ class VLLMEngine:
         outputs = self._run(
             rows.prompts, [self._parameters(sampling, at) for at in range(len(prompts))]
         )
-        completions = [
+        return [
             self._completion(output.outputs[0], sampling, read)
             for output, read in zip(outputs, rows.lengths, strict=True)
         ]
-        self._tokens_generated += sum(completion.tokens for completion in completions)
-        return completions
 
     def require_room(
         self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
@@ -199,7 +192,7 @@ class VLLMEngine:
         """Tries whether edits of every kind of weight (or of every group of weights) reach the
         answers; returns how many were tried. ParameterError, by name, where one does not."""
         names = self._call("group_names", all_of_them)[0]
-        return require_reach(names, lambda what, name: self._each(what, name), self._probe)
+        return require_reach(names, self._call, self._probe)
 
     def _try_weights(self) -> None:
         try:
@@ -207,9 +200,6 @@ class VLLMEngine:
         except BaseException:
             self.close()
             raise
-
-    def _each(self, call: str, *arguments: Any) -> None:
-        self._call(call, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> list[Any]:
         """What every worker's `Shard` answered to one call."""
@@ -251,7 +241,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=1.0 if sampling.greedy else sampling.top_p,
             stop=list(sampling.stop) or None,
-            stop_token_ids=self._ends,
+            stop_token_ids=sorted(self._ends.and_stops(self.tokenizer, sampling.stop).tokens),
             ignore_eos=True,  # the ends are ours, whatever vLLM reads from the folder
             detokenize=bool(sampling.stop),
             **drawn,
@@ -295,18 +285,16 @@ def _groups_kept() -> Iterator[None]:
         core.cleanup_dist_env_and_memory = takes_down
 
 
-def ends_of(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer, as TransformersEngine finds them in a model of this folder."""
+def ends_of(folder: Path, tokenizer: Any) -> Ends:
+    """What ends an answer, as TransformersEngine finds it in a model of this folder."""
     from transformers import AutoConfig, GenerationConfig
-
-    from esfast.engines.decoding import Ends
 
     if (folder / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(folder, local_files_only=True)
     else:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         configured = GenerationConfig.from_model_config(config)
-    return Ends.of(SimpleNamespace(generation_config=configured), tokenizer).tokens
+    return Ends.of(SimpleNamespace(generation_config=configured), tokenizer)
 
 
 def _memory(workers: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from esfast.engines.vllm_plugin import followed
 from esfast.engines.vllm_shard import Shard
-from esfast.errors import ConfigError, StateError
+from esfast.errors import ConfigError, StateError, first_line
 from esfast.members import Member, generation_seed, whole
 from esfast.strategy import LARGEST, SMALLEST, AnchoredDecay, real
 from esfast.update import Update
@@ -60,6 +60,15 @@ def _scaled(coefficient: float, scale: float) -> float:
     if number is None:
         raise ConfigError(f"an update of coefficient {coefficient!r}; expected a finite number.")
     return scale * number
+
+
+def _require_engine(source: int, engines: int) -> None:
+    """ConfigError where no engine has this rank."""
+    number = whole(source)
+    if number is None or not 0 <= number < engines:
+        known = f"ranks are 0 to {engines - 1}" if engines > 1 else "an engine alone is rank 0"
+        hint = "" if engines > 1 else "; call init_inter_engine_group first where there are more"
+        raise ConfigError(f"engine {source!r} of {engines} is to be the source; {known}{hint}.")
 
 
 class DropIn:
@@ -163,8 +172,7 @@ class DropIn:
     def agree(self, source: int) -> None:
         """Ends with the weights of engine `source` everywhere, the last of the list included; see
         `WorkerExtension`."""
-        if self._group is not None:
-            self._group.require(source)
+        _require_engine(source, 1 if self._group is None else self._group.size)
         self._keep(list(self._added))
         if self._group is None:
             return
@@ -263,31 +271,22 @@ class _Group:
         except (RuntimeError, ValueError) as error:
             raise StateError(
                 f"engine {rank} cannot reach engine 0 at {address}:{port}: "
-                f"{str(error).splitlines()[0]}. Call init_inter_engine_group on all engines with "
+                f"{first_line(error)}. Call init_inter_engine_group on all engines with "
                 "the address of engine 0's machine and a free port."
             ) from None
         self._store = PrefixStore(f"esfast/{worker}", store)
-        self._rank, self._size, self._round = rank, size, 0
-
-    def require(self, source: int) -> None:
-        """ConfigError where there is no such engine."""
-        number = whole(source)
-        if number is None or not 0 <= number < self._size:
-            raise ConfigError(
-                f"engine {source!r} of {self._size} is to be the source; ranks are 0 to "
-                f"{self._size - 1}."
-            )
+        self._rank, self.size, self._round = rank, size, 0
 
     def exchange(self, what: str, said: Any) -> list[Any]:
         """What every engine said, by rank."""
-        keys = [f"{self._round}/{what}/{rank}" for rank in range(self._size)]
+        keys = [f"{self._round}/{what}/{rank}" for rank in range(self.size)]
         try:
             self._store.set(keys[self._rank], json.dumps(said))
             self._store.wait(keys, LONGEST_WAIT)
             return [json.loads(self._store.get(key)) for key in keys]
         except RuntimeError as error:
             raise StateError(
-                f"engine {self._rank} waited for the others in vain: {str(error).splitlines()[0]}. "
+                f"engine {self._rank} waited for the others in vain: {first_line(error)}. "
                 "broadcast_all_weights has to be called on all engines."
             ) from None
 
@@ -295,5 +294,5 @@ class _Group:
         """The round is over; who keeps the store waits until all have read it."""
         self._store.set(f"{self._round}/read/{self._rank}", "1")
         if self._rank == 0:
-            self._store.wait([f"{self._round}/read/{n}" for n in range(self._size)], LONGEST_WAIT)
+            self._store.wait([f"{self._round}/read/{n}" for n in range(self.size)], LONGEST_WAIT)
         self._round += 1

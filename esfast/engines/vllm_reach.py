@@ -73,7 +73,7 @@ def _root_mean_square(tensor: torch.Tensor) -> torch.Tensor:
 
 def require_reach(
     names: Sequence[str],
-    change: Callable[[str, str], None],
+    change: Callable[[str, str], object],
     answers: Callable[[], Any],
 ) -> int:
     """ParameterError, by name, where a group's change leaves the answers as they are.

@@ -21,7 +21,8 @@ from esfast.engines.vllm_drop_in import DropIn
 from esfast.engines.vllm_plugin import follow_calls, followed
 from esfast.engines.vllm_replies import failure
 from esfast.engines.vllm_shard import Shard
-from esfast.errors import EsfastError
+from esfast.errors import ConfigError, EsfastError
+from esfast.members import whole
 from esfast.strategy import AnchoredDecay
 
 keep_weights()
@@ -124,6 +125,10 @@ class WorkerExtension:
         decay = None
         if weight_decay_type != "none":
             decay = AnchoredDecay(weight_decay_type, float(weight_decay_lambda))
+        if whole(population_size) is None or population_size < 1:
+            raise ConfigError(
+                f"population_size is {population_size!r}; expected 1 or more members."
+            )
         scale = alpha / population_size
         self._esfast_drop_in().update(seeds, coeffs, scale, decay, float(alpha))
         return True

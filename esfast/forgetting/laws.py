@@ -138,15 +138,6 @@ def kept(alpha: float, weight: float) -> float:
     return AnchoredDecay("l2", weight).strength(alpha)
 
 
-def discount_factors(alpha: float, weight: float, generations: int) -> np.ndarray:
-    """k^(T - t) for t = 0 .. T - 1, float64 [T]: what l2 decay leaves of generation t's step.
-
-    The decay acts after the step, on its own generation's too, so the last factor is k. The change
-    of T generations is sum_t k^(T - t) sum_n c_tn eps_tn, c the journal's coefficients.
-    """
-    return kept(alpha, weight) ** np.arange(generations, 0, -1, dtype=np.float64)
-
-
 def norms_of_coefficients(generations: Sequence[GenerationRecord], elements: int) -> np.ndarray:
     """The norm of the change that a journal's coefficients imply, float64 [T + 1], from 0 on.
 
@@ -254,21 +245,6 @@ def stochastic_rounding_norm(
         approach = _approach(k, generations)
         each = [_plateau(step / u, k) * approach * u**2 for u in places.units]
     return math.sqrt(float(np.dot(each, places.counts)))
-
-
-def rounding_noise_norm(
-    alpha: float,
-    population_size: int,
-    places: LastPlaces,
-    weight: float = 0.0,
-    generations: float = math.inf,
-    kind: str = "l2",
-) -> float:
-    """The part of `stochastic_rounding_norm` that is rounding: sqrt(all^2 - strategy's^2)."""
-    total = stochastic_rounding_norm(alpha, population_size, places, weight, generations, kind)
-    law = l1_norm if kind == "l1" else l2_norm
-    strategy = law(alpha, weight, population_size, places.elements, generations)
-    return math.sqrt(max(0.0, total**2 - strategy**2))
 
 
 def _approach(k: float, generations: float) -> float:

@@ -7,8 +7,8 @@
     seeds.py         means over the seeds of a group
     page.py style.py HTML, everything from outside escaped; the look
     drawing.py pictures.py                    figures, light and dark
-    glance.py account.py training.py prior_tasks.py sequence.py law.py change.py divergence.py
-                     the sections
+    glance.py account.py training.py prompts.py prior_tasks.py sequence.py law.py change.py
+    divergence.py    the sections
 
 The file loads nothing: figures are inlined as data URIs, there is no script, and its
 content-security policy forbids both. What a run does not have is left out, with a line that names
@@ -21,7 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esfast.html_report import account, change, divergence, glance, law, prior_tasks, training
+from esfast.html_report import (
+    account,
+    change,
+    divergence,
+    glance,
+    law,
+    prior_tasks,
+    prompts,
+    training,
+)
 from esfast.html_report.page import Section, page
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import ReportData
@@ -70,6 +79,7 @@ def _sections(report: ReportData, chains: Sequence[TaskChain], pictures: Picture
         glance.glance(report),
         account.what_was_run(report),
         training.target(report, pictures),
+        prompts.prompts(report),
         prior_tasks.prior(report, pictures),
         sequences(chains, report.runs, pictures),
         law.law(report, pictures),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esfast.cost import Tokens
 from esfast.html_report.drawing import Theme, curve, grid_of, legend_below, plain
 from esfast.html_report.page import (
     DASH,
@@ -26,7 +27,7 @@ from esfast.html_report.report_data import Points, ReportData, strategy_of, swat
 from esfast.html_report.run_data import RunData
 from esfast.html_report.sequence import is_chain
 from esfast.journal_format import MarkRecord
-from esfast.measure import LOOP
+from esfast.measure import LOOP, PROMPT_SEARCH
 from esfast.resources import readable
 
 APART = ("evaluation", "prior tasks")
@@ -95,7 +96,8 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
     rows = [_cost_row(report, run) for run in report.runs if run.summary]
     if rows:
         head = ("run", "prompt tokens", "generated tokens", "read again", "backward tokens",
-                "FLOPs", "FLOPs of measuring", "training time", "measuring time",
+                "FLOPs", "FLOPs of the prompt search", "FLOPs of measuring",
+                "training time", "measuring time",
                 "not generating or scoring", "peak memory")  # fmt: skip
         formulas = dict.fromkeys(
             run.summary["cost"]["formula"] for run in report.runs
@@ -109,7 +111,9 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
     section.parts += _by_cost(report, pictures)
     section.parts += _times(report, pictures)
     section.missing += [
-        Missing(run.name, "the account of tokens and FLOPs (the run is of an earlier esfast)", None)
+        Missing(
+            run.name, "the account of tokens and FLOPs (of an earlier esfast, or not told)", None
+        )
         for run in report.runs
         if run.summary and not run.summary.get("cost")
     ]
@@ -130,7 +134,7 @@ def resume_command(run: RunData) -> str:
     """What goes on with a run that is not finished."""
     if is_chain(run.path.parent):
         return f"esfast continual --resume {run.path.parent}"
-    return f"esfast {'grpo' if run.method == 'GRPO' else 'train'} --resume {run.path}"
+    return f"esfast {run.command} --resume {run.path}"
 
 
 def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
@@ -143,6 +147,7 @@ def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
         report.named(run),
         *(large(training.get(name)) for name in ("prompt", "generated", "reread", "backward")),
         _flops(training),
+        large((account.get("search") or {}).get("flops")),
         _measuring_flops(account),
         seconds(_training_seconds(spent)),
         seconds(sum(apart) if apart else None),
@@ -179,8 +184,8 @@ def _peak(peak: int | None, ratio: float | None) -> Html | str:
 
 
 def _training_seconds(spent: Mapping[str, float]) -> float:
-    """All but evaluation, loading and saving."""
-    return sum(spent.get(part, 0.0) for part in LOOP if part not in APART)
+    """All but evaluation, loading and saving; a fast-slow run's search for prompts too."""
+    return sum(spent.get(part, 0.0) for part in (*LOOP, PROMPT_SEARCH) if part not in APART)
 
 
 def _by_cost(report: ReportData, pictures: Pictures) -> list[Html]:
@@ -207,7 +212,7 @@ def _by_cost(report: ReportData, pictures: Pictures) -> list[Html]:
     ]
 
 
-def _score_by(run: RunData, axis: Mapping[int, float]) -> Points | None:
+def _score_by(run: RunData, axis: Mapping[int, float]) -> Points:
     records = [r for r in run.held_out if r["generation"] in axis]
     return Points(
         [axis[r["generation"]] for r in records],
@@ -225,14 +230,18 @@ def _seconds_at(run: RunData) -> dict[int, float]:
 
 def _flops_at(run: RunData) -> dict[int, float]:
     """Training FLOPs so far, by generation; the formula of esfast.cost."""
-    from esfast.cost import Tokens
-
     parameters = ((run.summary or {}).get("cost") or {}).get("parameters")
     rows = [row for row in run.rows if row.get("cost")]
     if parameters is None or not rows:
         return {}
     counted = {
-        row["generation"]: float(sum(Tokens(**row["cost"]["training"]).flops(parameters)))
+        row["generation"]: float(
+            sum(
+                sum(Tokens(**row["cost"][part]).flops(parameters))
+                for part in ("training", "search")
+                if part in row["cost"]
+            )
+        )
         for row in rows
     }
     return {0: 0.0, **counted}

@@ -192,8 +192,7 @@ def _equal_table(subject: Subject, found: Mapping[str, Any]) -> Html:
     sets = list(dict.fromkeys(str(s["prompts"]) for c in controls for s in c["scores"]))
     panels = list(dict.fromkeys(_panel(e) for c in controls for e in c["kl"]))
     rows: list[Sequence[object]] = []
-    said = found.get("base_scores") or subject.file.get("base_scores") or []
-    base = {str(s["prompts"]): s for s in said}
+    base = {str(s["prompts"]): s for s in subject.file.get("base_scores", [])}
     if base:
         rows.append(("base", "0", *_scores(base, sets), *[DASH] * len(panels)))
     for control in controls:

@@ -74,8 +74,18 @@ def drawn(draw: Draw, height: float, made: str) -> Drawn:
 
     made: kept in the PNG's metadata.
     """
-    light = _saved(draw, height, "svg", {"Date": None, "Creator": "esfast"})
-    png = _saved(draw, height, "png", {"Software": "esfast", "Comment": made})
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"a report needs matplotlib ({error}); pip install matplotlib.") from None
+    with rc_context(_settings(LIGHT)):  # type: ignore[arg-type]
+        figure = Figure(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, layout="constrained")
+        draw(figure, LIGHT)
+        figure.draw_without_rendering()  # lays out, for both files at once
+        figure.set_layout_engine("none")
+        light = _saved(figure, "svg", {"Date": None, "Creator": "esfast"})
+        png = _saved(figure, "png", {"Software": "esfast", "Comment": made})
     return Drawn(light, darkened(light), png)
 
 
@@ -91,18 +101,9 @@ def darkened(svg: bytes) -> bytes:
     return re.sub(b"#[0-9a-f]{6}", lambda found: swapped.get(found[0], found[0]), svg)
 
 
-def _saved(draw: Draw, height: float, kind: str, metadata: dict[str, Any]) -> bytes:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"a report needs matplotlib ({error}); pip install matplotlib.") from None
-    with rc_context(_settings(LIGHT)):  # type: ignore[arg-type]
-        figure = Figure(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, layout="constrained")
-        draw(figure, LIGHT)
-        file = BytesIO()
-        transparent = kind == "svg"
-        figure.savefig(file, format=kind, metadata=metadata, transparent=transparent)
+def _saved(figure: Any, kind: str, metadata: dict[str, Any]) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format=kind, metadata=metadata, transparent=kind == "svg")
     return file.getvalue()
 
 

@@ -55,16 +55,12 @@ def prior(report: ReportData, pictures: Pictures) -> Section:
         Missing(
             run.name,
             "scores of prior tasks",
-            f"esfast {_trainer(run)} --prior-tasks gsm8k,hellaswag --prior-every 5 ... (a new run)",
+            f"esfast {run.command} --prior-tasks gsm8k,hellaswag --prior-every 5 ... (a new run)",
         )
         for run in report.runs
         if not run.prior
     ]
     return section
-
-
-def _trainer(run: RunData) -> str:
-    return "grpo" if run.method == "GRPO" else "train"
 
 
 def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> Html:
@@ -89,7 +85,7 @@ def _prior_picture(report: ReportData, pictures: Pictures, tasks: list[str]) -> 
     )  # fmt: skip
 
 
-def _prior_points(run: RunData, task: str, kind: str) -> Points | None:
+def _prior_points(run: RunData, task: str, kind: str) -> Points:
     found = [(s.generation, estimate) for s in run.prior_of(task)
              if (estimate := getattr(s, kind)) is not None]  # fmt: skip
     return Points(

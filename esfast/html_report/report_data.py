@@ -139,11 +139,11 @@ class ReportData:
         """A run's name with its colour."""
         return swatch(self.group_of(run).number, run.name)
 
-    def series(self, points_of: Callable[[RunData], Points | None]) -> list[Series]:
+    def series(self, points_of: Callable[[RunData], Points]) -> list[Series]:
         """A curve a group: the run's own, or mean and range of the seeds."""
         out = []
         for group in self.groups:
-            points = [p for run in group.averaged if (p := points_of(run)) and len(p.x)]
+            points = [p for run in group.averaged if len((p := points_of(run)).x)]
             if points:
                 out.append(merged(group.label, group.number, points))
         return out

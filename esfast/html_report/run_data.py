@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
+from esfast.fast_slow.cycles import Cycle, read_cycles
 from esfast.journal import JOURNAL, Journal, read_journal
 from esfast.prior.evaluation import PRIOR
 from esfast.prior.scores import PriorScore
@@ -50,8 +51,8 @@ class Subject:
 class RunData:
     """One run folder.
 
-    name: in legends and tables; path: as it was given; rows: of metrics.jsonl; diagnostics: of
-    esfast forgetting, None where it was not run.
+    name: in legends and tables; path: as it was given; rows: of metrics.jsonl; subject: of esfast
+    forgetting, None where it was not run; cycles: of a fast-slow run.
     """
 
     name: str
@@ -63,14 +64,22 @@ class RunData:
     journal: Journal | None
     prior: tuple[PriorScore, ...]
     subject: Subject | None
+    cycles: tuple[Cycle, ...] = ()
 
     @property
     def method(self) -> str:
-        """ "ES", "ES + l2" or "GRPO"."""
-        if self.config.get("method") == "grpo":
+        """ "ES", "ES + l2", "fast-slow ES" or "GRPO"."""
+        if self.command == "grpo":
             return "GRPO"
         decay = self.config["settings"].get("strategy", {}).get("decay")
-        return f"ES + {decay['kind']}" if decay else "ES"
+        plain = "fast-slow ES" if self.command == "fast-slow" else "ES"
+        return f"{plain} + {decay['kind']}" if decay else plain
+
+    @property
+    def command(self) -> str:
+        """Of esfast, that made the run."""
+        method = self.config.get("method")
+        return str(method) if method in ("grpo", "fast-slow") else "train"
 
     @cached_property
     def held_out(self) -> tuple[Record, ...]:
@@ -129,9 +138,7 @@ class RunData:
         flags = self.config.get("arguments") or {}
         decay = (self.config["settings"].get("strategy") or {}).get("decay")
         prior = self.config.get("prior") or {}
-        only = (
-            None if self.config.get("method") == "grpo" else "transformers"
-        )  # before there were more
+        only = None if self.command == "grpo" else "transformers"  # before there were more
         return {
             "anchor": (flags.get("anchor_model") or self.config.get("model")) if decay else None,
             "engine": flags.get("engine") or only,
@@ -191,6 +198,7 @@ def read_run(folder: Path, name: str) -> RunData:
         journal=journal,
         prior=_prior(folder / PRIOR),
         subject=_own_subject(folder, name, journal),
+        cycles=tuple(read_cycles(folder)),
     )
 
 

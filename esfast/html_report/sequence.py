@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.continual.stages import CONTINUAL
+from esfast.continual_plots import top_of
 from esfast.errors import DataError
 from esfast.html_report.drawing import (
     Series,
@@ -114,7 +115,7 @@ def _peaks(
             axes.axvline(end, color=theme.soft, linewidth=0.8, linestyle=":")
         axes.axhline(1.0, color=theme.soft, linewidth=0.6)
         axes.set(xlabel="generation, over all stages", ylabel="score / peak of its own stage",
-                 title=plain(chain.name), ylim=(0, None))  # fmt: skip
+                 title=plain(chain.name), ylim=(0, top_of(tasks)))  # fmt: skip
         whole_generations(axes)
         legend_below(figure)
 

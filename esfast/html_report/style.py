@@ -61,7 +61,10 @@ a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
 .subtitle { color: var(--soft); max-width: none; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; margin-top: 1rem; }
-.wide { overflow-x: auto; margin: .8rem 0 1.4rem; }
+.wide { overflow-x: auto; margin: .8rem 0 1.4rem;  /* a shade where a table goes on */
+  background:
+    linear-gradient(to left, var(--page) 50%, transparent) right / 4rem 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .82rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; border-top: 1.5px solid var(--ink);
   border-bottom: 1.5px solid var(--ink); }
@@ -86,14 +89,21 @@ figure img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .84rem; margin-top: .4rem; max-width: 52rem; }
 .absent { color: var(--soft); font-size: .84rem; border-left: 3px solid var(--line);
   padding: .1rem 0 .1rem .7rem; max-width: none; }
-.run { display: inline-flex; align-items: baseline; gap: .45em; white-space: nowrap; }
+.run { display: inline-flex; align-items: baseline; gap: .45em; }
 .run .long { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .swatch { flex: none; width: .72em; height: .72em; border-radius: 50%;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .soft { color: var(--soft); }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line);
   color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+@media screen and (max-width: 44rem) {
+  body { padding: 1.2rem 1rem 3rem; }
+  h1 { font-size: 1.5rem; }
+  figure picture { display: block; overflow-x: auto; }
+  figure img { min-width: 40rem; }  /* else its letters are three pixels high */
+}
 @media print {
+  .wide { background: none; }
   html { font-size: 10pt; }
   body { padding: 0; max-width: none; }
   nav { display: none; }

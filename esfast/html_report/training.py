@@ -89,7 +89,7 @@ def _not_scored(run: RunData) -> str | None:
     )
 
 
-def _score_points(run: RunData) -> Points | None:
+def _score_points(run: RunData) -> Points:
     records = run.held_out
     return Points(
         [r["generation"] for r in records],
@@ -99,7 +99,7 @@ def _score_points(run: RunData) -> Points | None:
     )
 
 
-def _reward_points(run: RunData) -> Points | None:
+def _reward_points(run: RunData) -> Points:
     means = [row["reward_mean"] for row in run.rows]
     spreads = [row["reward_spread"] for row in run.rows]
     return Points(

@@ -72,7 +72,6 @@ class RayFleet:
         self.journal = journal
         self.note = note
         self.done = 0  # updates
-        self.tokens_generated = 0
         self.bytes_sent = self.bytes_received = 0
         self._cluster = cluster
         self._making = making
@@ -239,9 +238,7 @@ class RayFleet:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One engine answers: batches are composed as without Ray."""
         told = self.ask_one("generate", prompts=plain(prompts), sampling=asdict(sampling))
-        completions = [completion_of(record) for record in told["completions"]]
-        self.tokens_generated += sum(completion.tokens for completion in completions)
-        return completions
+        return [completion_of(record) for record in told["completions"]]
 
     def require_room(
         self, prompts: Sequence[Prompt], max_new_tokens: int, kind: str = "prompt"
@@ -275,13 +272,7 @@ class RayFleet:
                 if told is None:
                     waiting.appendleft(number)
                 else:
-                    yield self._answers(number, told)
-
-    def _answers(self, number: int, told: Mapping[str, Any]) -> MemberAnswers:
-        completions = tuple(completion_of(record) for record in told["completions"])
-        self.tokens_generated += sum(completion.tokens for completion in completions)
-        seconds = told["seconds"]
-        return MemberAnswers(number, completions, seconds[PERTURB], seconds[GENERATION])
+                    yield _answers(number, told)
 
     def weights_changed(self) -> None:
         """Every engine says so to itself."""
@@ -317,3 +308,9 @@ class RayFleet:
 def plain(prompts: Sequence[Prompt]) -> list[Any]:
     """Prompts as JSON holds them."""
     return [p if isinstance(p, str) else [dict(message) for message in p] for p in prompts]
+
+
+def _answers(number: int, told: Mapping[str, Any]) -> MemberAnswers:
+    completions = tuple(completion_of(record) for record in told["completions"])
+    seconds = told["seconds"]
+    return MemberAnswers(number, completions, seconds[PERTURB], seconds[GENERATION])

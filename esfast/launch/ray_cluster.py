@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from esfast.errors import ConfigError
+from esfast.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Cluster:
                     self.ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
                 raise ConfigError(
-                    f"no Ray cluster: {_first_line(error)}. Start one with ray start --head, set "
+                    f"no Ray cluster: {first_line(error)}. Start one with ray start --head, set "
                     "RAY_ADDRESS to one that runs, or unset it for a local one."
                 ) from None
 
@@ -96,10 +96,6 @@ def _ray() -> Any:
             "out: torchrun shares a run between processes as well."
         ) from None
     return ray
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def last_line(error: Exception) -> str:

@@ -22,11 +22,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from esfast.bounds import require_between, require_whole
-from esfast.engines.base import COLDEST, HOTTEST, Bounded, Completion, Engine, Sampling
+from esfast.engines.base import Bounded, Completion, Engine, Sampling
 from esfast.errors import ConfigError, DataError
+from esfast.prior.harness import HarnessTask
 from esfast.prior.scores import Estimate, PriorScore, outcome
-from esfast.run_folder import append_line
+from esfast.prior.settings import PriorSettings
+from esfast.run_folder import NO_JSON, append_line
 from esfast.tasks import TASKS, Task, make_task
 from esfast.tasks.custom import Custom
 from esfast.tasks.questions import Questions
@@ -35,28 +36,6 @@ from esfast.whole_file import whole_file
 PRIOR = "prior.jsonl"
 HARNESS = "lm_eval:"
 FILE = ".jsonl"
-
-
-@dataclass(frozen=True)
-class PriorSettings:
-    """How prior tasks are evaluated: every so many generations, at most `size` prompts a task,
-    greedily and with `samples` answers a prompt at `temperature` (0 samples: greedily alone).
-
-    Raises ConfigError for a value outside its range.
-    """
-
-    every: int = 5
-    size: int = 64
-    samples: int = 4
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be done."""
-        require_whole(self, 1, "every", "size", what="prior ")
-        require_whole(self, 0, "samples", what="prior ")
-        expected = f"{COLDEST:g} to {HOTTEST:g} (greedy answers are scored in any case)"
-        require_between(self, "temperature", COLDEST, HOTTEST, expected, what="prior ")
 
 
 class PriorTask(Protocol):
@@ -188,8 +167,6 @@ def make_prior_task(
         return OwnTask(source, Questions(dataset, evaluation_only=True), settings)
     if kind in TASKS:
         return OwnTask(source, make_task(source), settings)
-    from esfast.prior.harness import HarnessTask
-
     return HarnessTask(source, source.removeprefix(HARNESS), settings, harness_path)
 
 
@@ -232,7 +209,7 @@ class PriorTasks:
         whole = data[: data.rfind(b"\n") + 1].splitlines()
         try:
             scores = [PriorScore.from_record(json.loads(line)) for line in whole]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, *NO_JSON) as error:
             raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
         kept = [score for score in scores if score.generation <= until]
         there = {(score.generation, score.task) for score in kept}

@@ -21,19 +21,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from esfast.engines.base import Engine
-from esfast.errors import ConfigError, EsfastError
+from esfast.errors import ConfigError, EsfastError, first_line
 from esfast.held_out import Z95
 from esfast.prior.scores import Estimate, PriorScore
+from esfast.prior.settings import PriorSettings
 from esfast.tasks import TASKS
-
-if TYPE_CHECKING:
-    from esfast.prior.evaluation import PriorSettings
 
 ROWS = 8
 """Rows a forward pass: the logits of all positions are kept, 20 MB a row of 100 tokens in fp32."""
@@ -201,7 +199,7 @@ def _load(source: str, name: str, include: str | Path | None) -> dict[str, Any]:
             loaded = tasks.load(name)
         except Exception as error:  # the hub's, the network's, the YAML's
             raise EsfastError(
-                f"prior task {source!r} could not be loaded by lm-eval: {_first_line(error)}. "
+                f"prior task {source!r} could not be loaded by lm-eval: {first_line(error)}. "
                 "Check the file, or the network where its data comes from a hub."
             ) from None
     return dict(loaded["tasks"])
@@ -286,8 +284,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]

@@ -36,6 +36,8 @@ from esfast.tasks.base import Example, Pending, PoolTask, Score
 GIB = 1 << 30
 START_SECONDS = 120.0
 """How long importing the user's module may take; a heavy library needs tens of seconds."""
+LAST_SECONDS = 1.0
+"""Between a process's last reply and its end; one that closed its streams need not end."""
 LONGEST = 1e6  # seconds: 11 days; waits and timers end at 9e9
 MOST_GIB = 1 << 20
 LONGEST_REPLY = 1 << 16  # bytes; a reply has a number and a feedback, and is cut at 500 characters
@@ -110,12 +112,15 @@ class RewardProcess:
             return
         if self._closed:
             raise RewardFailure("the run is over")
-        self._process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT), *self._arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is the run's business; and one kill takes all of it
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_SCRIPT), *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is the run's business; one kill takes all of it
+            )
+        except OSError as error:  # a container's limit of processes, or of open files
+            raise RewardFailure(f"no process can be started for it ({error})") from None
         self._replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         reader = threading.Thread(
             target=_forward, args=(self._process.stdout, self._replies), daemon=True
@@ -128,10 +133,15 @@ class RewardProcess:
 
     def call(self, row: Mapping[str, Any], completion: str) -> Score:
         """The score of one completion. Raises RewardFailure."""
+        reply = self.ask({"example": row, "completion": completion})
+        return Score(float(reply["value"]), str(reply["feedback"]))
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to one request, as `reward_process` states them. Raises RewardFailure."""
         self.start()
         process = self._process
         self._asked += 1
-        request = {"id": self._asked, "example": row, "completion": completion}
+        request = {"id": self._asked, **question}
         with suppress(OSError, AttributeError, ValueError):  # a dead process ends its replies
             assert process is not None and process.stdin is not None
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -143,7 +153,7 @@ class RewardProcess:
             self._end()
         if "error" in reply:
             raise RewardFailure(str(reply["error"]))
-        return Score(float(reply["value"]), str(reply["feedback"]))
+        return reply
 
     def close(self) -> None:
         """Kills the process and whatever it started, for good; a call in flight fails."""
@@ -182,7 +192,10 @@ class RewardProcess:
         return reply
 
     def _how(self) -> str:
-        code = self._process.wait() if self._process is not None else None
+        try:
+            code = self._process.wait(LAST_SECONDS) if self._process is not None else None
+        except subprocess.TimeoutExpired:
+            return "its replies, and goes on"
         if code is None or code >= 0:
             return f"with code {code}"
         limit = f" (its limit is {readable(self._memory)}, --reward-memory)" if self._memory else ""

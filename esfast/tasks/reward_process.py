@@ -1,4 +1,4 @@
-"""The process that a scoring function runs in: a script of its own, standard library only.
+"""The process that a user's function runs in: a script of its own, standard library only.
 
     python reward_process.py module:function SECONDS BYTES
 
@@ -6,7 +6,8 @@ Requests and replies are JSON objects, one a line, on what were standard input a
 started; the function finds an empty standard input, and what it prints goes to standard error.
 First line out: {"ready": true} or {"error": ...}. Then for each
 {"id": 1, "example": {...}, "completion": "..."}: {"id": 1, "value": 0.5, "feedback": "..."} or
-{"id": 1, "error": ...}; with "spent": true the process has ended itself.
+{"id": 1, "error": ...}; with "spent": true the process has ended itself. A request with a "prompt"
+is for a function of text to text (`esfast fast-slow --reflection`): {"id": 1, "text": "..."}.
 
 Being a process, it can be killed when the function hangs, and its crash is not the run's. It is
 started by path, so that it loads no torch: 10 MB and 30 ms rather than 200 MB and seconds.
@@ -29,10 +30,11 @@ from types import ModuleType
 from typing import IO, Any
 
 LARGEST_REWARD = 1e30  # as in esfast.tasks.base, which this process does not load
+LONGEST_TEXT = 5000  # characters; as JSON 60 KB at most, a reply's limit in reward_pool is 64 KiB
 ORPHAN_SECONDS = 2.0  # after the time limit; by then whoever started the process has ended it
 
 
-def load(target: str) -> Callable[[dict, str], Any]:
+def load(target: str) -> Callable[..., Any]:
     """The function named `module:function` or `path/to/file.py:function`.
 
     Raises ValueError, ImportError or AttributeError; and whatever importing the module raises.
@@ -86,16 +88,30 @@ def reply_to(result: Any) -> dict[str, Any]:
     return {"value": number, "feedback": (feedback or "")[:500]}
 
 
-def answer(function: Callable[[dict, str], Any], request: dict[str, Any]) -> dict[str, Any]:
+def text_reply(result: Any) -> dict[str, Any]:
+    """The reply for what a function of text to text returned."""
+    if isinstance(result, str) and result.strip() and len(result) <= LONGEST_TEXT:
+        return {"text": result}
+    long = f" of {len(result)} characters" if isinstance(result, str) else ""
+    expected = f"a text of 1 to {LONGEST_TEXT} characters"
+    return {
+        "error": f"the reflection function returned {repr(result)[:200]}{long}; expected {expected}"
+    }
+
+
+def answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
     """Calls the function; an exception becomes an error reply."""
+    which = "reflection" if "prompt" in request else "reward"
     try:
+        if "prompt" in request:
+            return text_reply(function(request["prompt"]))
         return reply_to(function(request["example"], request["completion"]))
     except MemoryError:
         pass  # what its frames hold is free once this block is left
     except BaseException as error:
-        return {"error": f"the reward function raised {type(error).__name__}: {error}"[:500]}
+        return {"error": f"the {which} function raised {type(error).__name__}: {error}"[:500]}
     limit = lift_memory_limit()
-    return {"error": f"the reward function ran out of memory ({limit})", "spent": True}
+    return {"error": f"the {which} function ran out of memory ({limit})", "spent": True}
 
 
 def limit_memory(size: int) -> None:
