@@ -15,6 +15,8 @@ from typing import Any
 import esfast
 from esfast import _core
 
+CPU_KIND = {"family": "cpu family", "model": "model"}
+"""Of /proc/cpuinfo on x86, where no two microarchitectures share both."""
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
@@ -53,15 +55,28 @@ def commit() -> str | None:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The processor of this machine and its cores, or a CUDA device's name."""
+    """The processor of this machine and its cores, or a CUDA device's name.
+
+    The processor with its family and model: a virtual machine's name may be no more than "AMD EPYC",
+    on Zen 4 and Zen 5 alike.
+    """
     if device != "cpu":
         import torch
 
         return torch.cuda.get_device_name(device)
     source = Path("/proc/cpuinfo")
-    lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} x{os.cpu_count()}"
+    text = source.read_text(encoding="utf-8") if source.exists() else ""
+    return f"{processor_name(text) or platform.machine()} x{os.cpu_count()}"
+
+
+def processor_name(cpuinfo: str) -> str:
+    """The first processor of a text in the form of /proc/cpuinfo, "" where it names none."""
+    first = cpuinfo.split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    kind = [f"{word} {found[field]}" for word, field in CPU_KIND.items() if field in found]
+    name = found.get("model name", "")
+    return f"{name} ({', '.join(kind)})" if name and kind else name
 
 
 def one_line(made: dict[str, Any]) -> str:

@@ -1,0 +1,28 @@
+"""What an artefact says of the machine that made it."""
+
+from __future__ import annotations
+
+import os
+
+from esfast.provenance import device_name, processor_name
+
+GENOA = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 17
+model name\t: AMD EPYC
+
+processor\t: 1
+model name\t: another
+"""
+
+
+def test_processors_of_one_name_are_told_apart():
+    turin = GENOA.replace(": 25", ": 26").replace(": 17", ": 2")
+    assert processor_name(GENOA) == "AMD EPYC (family 25, model 17)"
+    assert processor_name(turin) == "AMD EPYC (family 26, model 2)"
+
+
+def test_a_machine_that_names_no_processor_has_a_name():
+    assert processor_name("processor\t: 0\nBogoMIPS\t: 50.00\n") == ""
+    assert device_name().endswith(f" x{os.cpu_count()}") and device_name()[0] not in " x("
