@@ -57,8 +57,8 @@ def commit() -> str | None:
 def device_name(device: str = "cpu") -> str:
     """The processor of this machine and its cores, or a CUDA device's name.
 
-    The processor with its family and model: a virtual machine's name may be no more than "AMD EPYC",
-    on Zen 4 and Zen 5 alike.
+    The processor with its family and model: a virtual machine may say no more than "AMD EPYC", on
+    Zen 4 and Zen 5 alike.
     """
     if device != "cpu":
         import torch
