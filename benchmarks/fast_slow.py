@@ -41,10 +41,10 @@ ARMS = {
         "fast-slow", "--cycles", "2", "--generations-per-cycle", "4",
         "--metric-calls", "120", "--pareto-size", "24",
     ),
-    "weights": ("train", "--generations", "20"),
+    "weights": ("train", "--generations", "14"),
     "prompts": (
         "fast-slow", "--cycles", "1", "--generations-per-cycle", "1",
-        "--metric-calls", "960", "--pareto-size", "24",
+        "--metric-calls", "480", "--pareto-size", "24",
     ),
 }  # fmt: skip
 """`prompts` is looked at before its one generation."""
