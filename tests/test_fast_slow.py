@@ -196,6 +196,22 @@ def test_the_best_prompt_of_the_cycle_before_joins_whatever_three_answers_are_wo
 
     assert accepted("best", 0.0) and not accepted("second", 0.0)
     assert accepted("second", 1.5) and not accepted("new", 1.0)
+    best_is_first = InstructionAdapter(adapter.asker, None, ["first", "first", "second"], (0,))
+    adapter = best_is_first
+    assert not accepted("second", 0.0), "the best is there already; no other takes its place"
+
+
+def test_an_instruction_that_is_in_the_pool_is_no_proposal(tmp_path):
+    def few(prompt: str, seed: int) -> Completion:
+        return Completion(f"```\nCount.{'!' * (1 + seed % 4)}\n```", 0, True)
+
+    make_trainer(tmp_path / "run", reflection=few, metric_calls=150).run()
+    for cycle in read_cycles(tmp_path / "run"):
+        texts = [candidate.text for candidate in cycle.candidates]
+        assert len(texts) == len(set(texts)) > 2
+        assert [reason["reason"] for reason in cycle.failed] == [
+            "the reflection gave an instruction that is in the pool already"
+        ]
 
 
 def test_what_is_kept_is_the_best_of_the_front():

@@ -5,8 +5,9 @@ iteration takes a candidate from the Pareto front, answers three problems under 
 reflection for a better instruction, and answers the three again; where the sum of scores rises the
 new one joins the pool, and is scored on all the problems that candidates are scored on. The pool
 begins with the first of the seeds; the others are the first proposals, without a reflection, and
-the second joins the pool whatever its three answers are worth. The budget is looked at before each
-iteration, as the package does, so the last may pass it by less than an iteration.
+the second joins the pool whatever its three answers are worth. An instruction joins it once. The
+budget is looked at before each iteration, as the package does, so the last may pass it by less than
+an iteration.
 
 The same weights, problems, seeds and seed give the same candidates, if the reflection repeats.
 Nothing is printed and no file is written. What a problem's scoring or a reflection does wrong costs
@@ -135,7 +136,8 @@ class InstructionAdapter:
         self.broken: Exception | None = None
         self._reflect = reflect
         self._offered = list(dict.fromkeys(seed for seed in seeds[1:] if seed != seeds[0]))
-        self._certain = self._offered[:1]
+        self._certain = seeds[1:2]
+        self._pool = {seeds[0]}
         self._key = key
 
     def evaluate(
@@ -202,16 +204,19 @@ class InstructionAdapter:
         completion = self._reflect(prompt, seed)
         self.asker.spend(completion)
         text = str(Proposal.output_extractor(completion.text.strip())["new_instruction"]).strip()
-        if text == instruction:
-            raise ReflectionFailure("the reflection gave the instruction back as it was")
+        if text in self._pool:  # GEPA would score it again on all problems, as another candidate
+            raise ReflectionFailure(
+                "the reflection gave an instruction that is in the pool already"
+            )
         return text
 
     def should_accept(self, proposal: Any, state: Any) -> bool:
         """gepa's AcceptanceCriterion: the sum of scores rises, or it is the seed that is sure."""
-        if proposal.candidate[INSTRUCTION] in self._certain:
-            return True
+        text = proposal.candidate[INSTRUCTION]
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
-        return sum(after or []) > sum(before or [])
+        accepted = text in self._certain or sum(after or []) > sum(before or [])
+        self._pool |= {text} if accepted else set()
+        return accepted
 
 
 class Silent:
