@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def require_the_same(folder: Path, whole: FastSlowTrainer) -> None:
     assert scores[0] == scores[1]
     summaries = [read_json(path / "summary.json") for path in (folder, whole.folder.path)]
     assert summaries[0]["fast_slow"] == summaries[1]["fast_slow"]
-    assert summaries[0]["cost"]["search"] == summaries[1]["cost"]["search"]
+    assert summaries[0]["cost"] == summaries[1]["cost"]
 
 
 def test_a_run_killed_at_any_answer_goes_on_to_the_same_bits(tmp_path, whole, monkeypatch):
@@ -87,9 +88,16 @@ def test_a_run_killed_at_any_answer_goes_on_to_the_same_bits(tmp_path, whole, mo
 
 def test_ctrl_c_in_a_search_leaves_a_run_that_goes_on(tmp_path, whole):
     searching = [len(prompts) for prompts, _ in whole.engine.seen].index(3)
-    stopped = make_trainer(tmp_path / "run", InstructionEngine(interrupt_at(searching)))
+
+    def slow(call: int) -> None:
+        time.sleep(0.2 if call == searching else 0)
+        interrupt_at(searching)(call)
+
+    stopped = make_trainer(tmp_path / "run", InstructionEngine(slow))
     assert stopped.run().status == "interrupted"
     assert not (tmp_path / "run" / PROMPTS).exists()
+    seconds = read_json(tmp_path / "run" / "summary.json")["seconds"]
+    assert seconds["prompt search"] > 0.1 > seconds["records"], "nor is its time lost in another's"
     require_the_same(tmp_path / "run", whole)
 
 

@@ -43,7 +43,7 @@ class Cycle:
     scored_on: those of them that candidates are scored on; metric_calls: answers scored for it;
     reflections: instructions asked for, failed: those that came to nothing, by reason; tokens: of
     answers and reflections; seconds; held_out: `HeldOut.record()` under the best prompt before
-    the slow phase; gepa: the package's version.
+    the slow phase, held_out_tokens: what that took; gepa: the package's version.
     """
 
     cycle: int
@@ -57,6 +57,7 @@ class Cycle:
     seconds: float
     candidates: tuple[Candidate, ...]
     held_out: Mapping[str, Any] | None = None
+    held_out_tokens: Tokens = field(default_factory=Tokens)
     gepa: str | None = None
     prompts: tuple[str, ...] = field(init=False)
 
@@ -72,6 +73,7 @@ class Cycle:
         """The inverse of `record`. Raises KeyError, TypeError, ValueError."""
         given = {name: value for name, value in record.items() if name != "prompts"}
         given["tokens"] = Tokens(**record["tokens"])
+        given["held_out_tokens"] = Tokens(**record.get("held_out_tokens", {}))
         given["candidates"] = tuple(Candidate(**candidate) for candidate in record["candidates"])
         given["failed"] = tuple(record["failed"])
         made = cls(**given)

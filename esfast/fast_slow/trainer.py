@@ -157,6 +157,10 @@ class FastSlowTrainer(Trainer):
     def _go_on(self, done: int) -> None:
         self._count_search()
         super()._go_on(done)
+        for cycle in self.cycles:
+            if cycle.generation == done:  # no line of metrics.jsonl has counted them yet
+                self.account.evaluation.prompt += cycle.held_out_tokens.prompt
+                self.account.evaluation.generated += cycle.held_out_tokens.generated
         self.clock.seconds[PROMPT_SEARCH] = sum(cycle.seconds for cycle in self.cycles)
 
     def _generation(self, es: EvolutionStrategy) -> GenerationReport:
@@ -218,14 +222,17 @@ class FastSlowTrainer(Trainer):
         problems = problems_of(self.task, self.config, number)
         scored_on = spread(problems, self.config.pareto_size)
         adapter = self._adapter(number, generation, problems)
-        pool = search(
-            adapter,
-            problems,
-            scored_on,
-            self.config.metric_calls,
-            digest_int("prompt search", self.config.strategy.seed, number),
-            lambda calls: self._doing(number, calls),
-        )
+        try:
+            pool = search(
+                adapter,
+                problems,
+                scored_on,
+                self.config.metric_calls,
+                digest_int("prompt search", self.config.strategy.seed, number),
+                lambda calls: self._doing(number, calls),
+            )
+        finally:  # one that Ctrl-C ends was no keeping of records either
+            seconds = self.clock.lap(PROMPT_SEARCH)
         return Cycle(
             cycle=number,
             generation=generation,
@@ -235,7 +242,7 @@ class FastSlowTrainer(Trainer):
             reflections=adapter.reflections,
             failed=tuple({"reason": r, "count": n} for r, n in adapter.failed.most_common()),
             tokens=adapter.asker.tokens,
-            seconds=self.clock.lap(PROMPT_SEARCH),
+            seconds=seconds,
             candidates=tuple(keep(pool, self.config.kept_prompts)),
             gepa=version("gepa"),
         )
@@ -260,8 +267,11 @@ class FastSlowTrainer(Trainer):
         known = self._after or self._before
         if known is not None and known.generation != cycle.generation:
             known = None
+        before = replace(self.account.evaluation)
         held_out = self._evaluate_under(cycle.generation, cycle.prompts[0], known)
-        cycle = replace(cycle, held_out=held_out.record())
+        spent = self.account.evaluation
+        took = Tokens(spent.prompt - before.prompt, spent.generated - before.generated)
+        cycle = replace(cycle, held_out=held_out.record(), held_out_tokens=took)
         self.folder.write_lines(PROMPTS, [one.record() for one in (*self.cycles, cycle)])
         self.cycles.append(cycle)
         self._count_search()
