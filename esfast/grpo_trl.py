@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Any] = {
     "gradient_clipping": "norm 1.0 (TRL's default)",
     "loss": "dapo: token mean over the generation's completions (TRL's default)",
     "advantage": "(reward - group mean) / (group deviation + 1e-4) (TRL's default)",
+    "kl": "k3 estimate times the ratio to the old policy, in loss and kl_to_start (TRL's default)",
     "completions": "temperature as given, top_p 1, no top_k; cut ones are trained on as well",
     "adapters": "none: every weight is trained",
 }
@@ -117,6 +118,7 @@ def arguments(config: GrpoConfig, folder: Path, model: Any) -> Any:
         optim="adamw_torch",
         beta=config.beta,
         epsilon=config.epsilon,
+        use_bias_correction_kl=True,
         gradient_checkpointing=config.gradient_checkpointing,
         shuffle_dataset=False,
         logging_steps=config.iterations,
