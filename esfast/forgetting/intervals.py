@@ -34,6 +34,10 @@ class Estimate:
         """Plain JSON values."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
+    def text(self) -> str:
+        """ "0.0123 [0.0098, 0.0148]"."""
+        return f"{self.value:.4g} [{self.low:.3g}, {self.high:.3g}]"
+
 
 def mean_of(values: np.ndarray) -> Estimate:
     """The mean of one value a prompt; ConfigError for fewer than two prompts."""

@@ -66,6 +66,10 @@ class Estimate:
             "values": [round(value, 6) for value in self.values],
         }
 
+    def text(self) -> str:
+        """ "0.734 [0.615, 0.827]"."""
+        return f"{self.score:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 @dataclass(frozen=True)
 class PriorScore:
