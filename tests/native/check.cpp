@@ -189,7 +189,7 @@ void check_exchange(const Table& table, const Model& model, const PerturbCall& c
                     Records& records, Random& random, int threads) {
   PerturbCall next{call.noise, call.source, -call.scale};
   if (random.below(2)) {
-    next.noise = static_cast<Noise>(random.below(3));
+    next.noise = static_cast<Noise>(random.below(kNoises));
     next.source = make_source(next.noise, {random.next(), 1, 7});
   }
   cpu::perturb(table, next, records, threads);
@@ -229,7 +229,7 @@ uint64_t round_trip(Random& random, int memory, uint64_t digest) {
   for (uint32_t i = 0; i < tensors; ++i) model.push_back(make_tensor(random, i * 77 + 5));
   const Table table = make_table(model, memory);
   const auto before = bytes_of(model);
-  const Noise noise = static_cast<Noise>(random.below(3));
+  const Noise noise = static_cast<Noise>(random.below(kNoises));
   const MemberSpec member{random.next(), 1, static_cast<uint32_t>(random.below(100))};
   const float scales[4] = {1e-3f, -3e-2f, 1e-8f, 10.0f};
   const PerturbCall call{noise, make_source(noise, member), scales[random.below(4)]};
