@@ -83,11 +83,12 @@ def _require_no_vllm_flags(args: argparse.Namespace) -> None:
 
 def open_transformers(args: argparse.Namespace) -> tuple[LoadedModel, TransformersEngine]:
     """The model that the flags name, and the engine over it."""
-    from esfast.engines.transformers import TransformersEngine
-
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     loaded = load_model(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    # After load_model, which says what to install where transformers is missing.
+    from esfast.engines.transformers import TransformersEngine
+
     return loaded, TransformersEngine(loaded.model, loaded.tokenizer, batch_size=args.batch_size)
 
 

@@ -89,6 +89,17 @@ def test_what_can_be_mended_is_one_paragraph_and_exit_code_2(case, here, capsys,
     assert sorted(path.name for path in here.iterdir()) == ["used"]
 
 
+@pytest.mark.parametrize(
+    "command", ["train --model {0}", "forgetting {0} --base {0} --kl-prompts questions:capitals"]
+)
+def test_what_the_extra_train_brings_is_asked_for(command, here, tiny_model):
+    code = "import sys; sys.modules['transformers'] = None; from esfast.cli import main; main()"
+    words = [*command.format(tiny_model).split(), "--output", "out"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], text=True, capture_output=True)
+    assert "pip install -c constraints.txt '.[train]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(args):
         raise ZeroDivisionError("a bug")

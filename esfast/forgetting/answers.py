@@ -151,9 +151,10 @@ class Pair:
 
 
 def _engine(base: Base, dtype: torch.dtype, device: str, batch_size: int) -> TransformersEngine:
+    loaded = load_model(base.name, dtype=dtype, device=device)
+    # After load_model, which says what to install where transformers is missing.
     from esfast.engines.transformers import TransformersEngine
 
-    loaded = load_model(base.name, dtype=dtype, device=device)
     return TransformersEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
 
 
