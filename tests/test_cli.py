@@ -315,4 +315,13 @@ def test_every_flag_says_what_it_is_and_its_default(capsys):
 def test_info_names_what_the_commands_may_need(capsys):
     assert run("info") == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert facts.keys() >= {"transformers", "vllm", "ray", "trl", "lm-eval", "torch", "cores"}
+    assert facts.keys() >= {
+        "transformers",
+        "vllm",
+        "ray",
+        "trl",
+        "lm-eval",
+        "gepa",
+        "torch",
+        "cores",
+    }
