@@ -53,7 +53,8 @@ def test_the_laws_are_the_figures_beside_them() -> None:
     small = [(call, figure) for call, figure in lines if "places" not in call]
     assert len(small) == 4
     for call, figure in small:
-        assert eval(call, {"laws": laws}) == pytest.approx(float(figure), rel=0.01)
+        value = run(f"value = {call}", laws=laws)["value"]
+        assert value == pytest.approx(float(figure), rel=0.01)
 
 
 def test_prior_tasks_from_python(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
