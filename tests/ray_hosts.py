@@ -20,7 +20,7 @@ class Told(Numbers):
     "apart": another weight than everybody's after an update, "slow"."""
 
     def __init__(self, size: int, act: str, folder: Path) -> None:
-        super().__init__(size, "plain", 0, False)
+        super().__init__(size=size)
         self.told, self.folder = act, folder
 
     def first(self, name: str) -> bool:

@@ -34,7 +34,7 @@ MAKING = Making("test_fleet:hosted", {}, Share(1))
 
 
 def hosted(arguments) -> Hosted:
-    return Hosted(Numbers(8, "plain", 0, False), StrategyConfig(**STRATEGY), None, lambda *_: None)
+    return Hosted(Numbers(), StrategyConfig(**STRATEGY), None, lambda *_: None)
 
 
 class TaskError(Exception):
@@ -140,12 +140,12 @@ def fleet_on(stage: Stage, folder: Path, engines: int) -> RayFleet:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("alone"), Numbers(8, "plain", 0, False))
+    return train(tmp_path_factory.mktemp("alone"), Numbers())
 
 
 def test_a_fleet_is_an_engine_and_its_weights_are_live_weights(tmp_path):
     fleet = fleet_on(Stage(), tmp_path, 2)
-    assert isinstance(fleet, Fleet) and not isinstance(Numbers(8, "plain", 0, False), Fleet)
+    assert isinstance(fleet, Fleet) and not isinstance(Numbers(), Fleet)
     assert isinstance(fleet.live_weights(), LiveWeights)
 
 

@@ -100,7 +100,7 @@ def rewards(folder: Path) -> list[list[float]]:
 def alone(tmp_path_factory) -> dict:
     """The same run in this process, without Ray."""
     folder = tmp_path_factory.mktemp("alone")
-    trainer = trainer_of(Numbers(8, "plain", 0, False), folder)
+    trainer = trainer_of(Numbers(), folder)
     result = trainer.run()
     return {"checksum": trainer.es.weights.checksum(), "rewards": rewards(folder),
             "failed": result.failed_rewards}  # fmt: skip

@@ -1,22 +1,26 @@
 """Several workers of one run, forked after the imports: what torchrun starts, without its start-up.
 
-    python workers_driver.py FOLDER PORT SCENARIO...
+    python workers_driver.py FOLDER SCENARIO...
 
 Every scenario is "WORKERS:SIZE[:act]", run in order in folders of their own: a whole training over
-TorchWorkers, on an engine of SIZE numbers. Acts: "kill" ends the last worker in generation 2;
-"resume" goes on in the folder of the scenario before; "slow" makes worker 1 take 100 ms a member;
-"busy" makes worker 0 take so long over the held-out prompts that others have the next generation;
-"apart" changes a weight of the last worker behind the run. Prints JSON: a list of scenarios.
+TorchWorkers, on an engine of SIZE numbers. Acts of two workers: "kill" ends worker 1 in a member of
+generation 2; "slow" makes worker 0 take the others while worker 1 is at its first; "busy" makes
+worker 0 come to a generation once worker 1 has all of it; "apart" changes a weight of worker 1
+behind the run. They wait for each other, so that no clock decides who takes what. "resume" goes on
+in the folder of the scenario before. Prints JSON: a list of scenarios.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,21 +42,42 @@ from esfast.train import Trainer
 GENERATIONS, POPULATION, PROMPTS = 5, 8, 8
 
 
-class Numbers(NumberEngine):
-    """Does as `act` says: see above. `last`: it is the last of several workers."""
+TAKEN = np.frombuffer(mmap.mmap(-1, 3 * GENERATIONS * 8), np.int64).reshape(3, GENERATIONS)
+"""Members that each worker has taken of each generation; shared by all that are forked."""
 
-    def __init__(self, size: int, act: str, rank: int, last: bool) -> None:
-        super().__init__(size=size)
-        self.act, self.rank, self.last = act, rank, last
+
+def wait_for(worker: int, generation: int, members: int) -> None:
+    end = time.monotonic() + 240
+    while TAKEN[worker, generation] < members:
+        assert time.monotonic() < end, f"worker {worker} took no {members} of {generation}"
+        time.sleep(0.001)
+
+
+class Numbers(NumberEngine):
+    """Says how long its prompts were."""
 
     def generate(self, prompts, sampling):
-        if self.act == "kill" and self.last and sampling.seed == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.act == "slow" and self.rank == 1:
-            time.sleep(0.1)
-        if self.act == "busy" and self.rank == 0 and len(prompts) != PROMPTS:
-            time.sleep(0.5)
         return [replace(c, prompt_tokens=3) for c in super().generate(prompts, sampling)]
+
+
+def dealt(act: str, rank: int, deal: Callable) -> Callable:
+    """`deal`, told to deal as `act` says: see above."""
+    kills = (act, rank) == ("kill", 1)
+
+    def told(generation: int, count: int) -> Iterator[int]:
+        if rank == 0 and (act == "slow" or (act == "kill" and generation == 2)):
+            wait_for(1, generation, 1)
+        if rank == 0 and act == "busy":
+            wait_for(1, generation, count)
+        for member in deal(generation, count):
+            TAKEN[rank, generation] += 1
+            if kills and generation == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1 and act == "slow":
+                wait_for(0, generation, count - 1)
+            yield member
+
+    return told
 
 
 class Targets(number_engine.Targets):
@@ -97,12 +122,13 @@ def bits(rank: int, count: int, workers) -> str:
 
 
 def work(rank: int, count: int, size: int, act: str, folder: Path) -> dict:
-    engine = Numbers(size, act, rank, rank == count - 1 > 0)
+    engine = Numbers(size=size)
     strategy = StrategyConfig(sigma=0.05, alpha=0.1, population_size=POPULATION, antithetic=True)
     config = TrainConfig(strategy, Sampling(4), GENERATIONS, PROMPTS, eval_every=2, threads=1,
                          checksum_every=2)  # fmt: skip
     told: dict = {}
     workers = join_workers()
+    workers.deal = dealt(act, rank, workers.deal)
     try:
         if rank == 0:
             told = lead(engine, config, folder, act == "resume", workers)
@@ -132,14 +158,20 @@ def start(rank: int, count: int, size: int, act: str, folder: Path, port: int) -
     os._exit(0)
 
 
-def main(folder: Path, port: int, scenarios: list[str]) -> None:
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def main(folder: Path, scenarios: list[str]) -> None:
     out, place = [], folder / "none"
     for number, scenario in enumerate(scenarios):
         count, size, act = [*scenario.split(":"), "plain"][:3]
         place = place if act == "resume" else folder / str(number)
+        TAKEN[:], port = 0, free_port()
         children = [
-            start(rank, int(count), int(size), act, place, port + number)
-            for rank in range(int(count))
+            start(rank, int(count), int(size), act, place, port) for rank in range(int(count))
         ]
         for child in children:
             os.waitpid(child, 0)
@@ -149,4 +181,4 @@ def main(folder: Path, port: int, scenarios: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])
