@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,15 @@ def test_settings_that_differ_are_marked(made: tuple[Page, Path]) -> None:
 
 
 def test_a_run_of_little_says_what_would_add_the_rest(tmp_path: Path) -> None:
-    write(tmp_path / "bare" / "config.json", config(0, "es", None))
+    folder = tmp_path / "a b" / "bare"
+    write(folder / "config.json", config(0, "es", None))
     output = tmp_path / "bare.html"
-    assert cli.main(["report", str(tmp_path / "bare"), "-o", str(output)]) == 0
+    assert cli.main(["report", str(folder), "-o", str(output)]) == 0
     words = Page(output.read_text(encoding="utf-8")).text
-    folder = tmp_path / "bare"
-    command = f"esfast forgetting {folder} --base tiny --output {folder / 'forgetting'}"
+    named, output = (shlex.quote(str(path)) for path in (folder, folder / "forgetting"))
+    command = f"esfast forgetting {named} --base tiny --output {output}"
     for shown in ("Not here for bare: held-out scores.", "scores of prior tasks", command,
-                  f"esfast train --resume {folder}", "not finished"):  # fmt: skip
+                  f"esfast train --resume {named}", "not finished"):  # fmt: skip
         assert shown in words, shown
     assert "nan" not in words.lower().split()
 

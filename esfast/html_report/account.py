@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,8 +134,8 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
 def resume_command(run: RunData) -> str:
     """What goes on with a run that is not finished."""
     if is_chain(run.path.parent):
-        return f"esfast continual --resume {run.path.parent}"
-    return f"esfast {run.command} --resume {run.path}"
+        return f"esfast continual --resume {shlex.quote(str(run.path.parent))}"
+    return f"esfast {run.command} --resume {shlex.quote(str(run.path))}"
 
 
 def _cost_row(report: ReportData, run: RunData) -> Sequence[object]:
