@@ -409,7 +409,7 @@ def test_names_are_no_markup_and_no_mathematics(whole, tmp_path, monkeypatch):
     assert powers and all(label.get_parse_math() for label in powers)
     out = io.StringIO()
     print_tables(Console(file=out), data)
-    with Steps(Console(file=out, force_terminal=True, width=200)) as steps:
+    with Steps(Console(file=out, force_terminal=True, width=200, _environ={})) as steps:
         steps.show(names[1], 1, 2)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert shown.count(names[0]) > 3 and shown.count(names[1]) > 3
