@@ -13,7 +13,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.llama().save_pretrained(folder)
     tiny_models.byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def given_up_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Told how completions begin that hang: a reward process waits half a second for those, and a
+    minute for the others and for its end, which a machine that stalls may need."""
+    from esfast.tasks import reward_pool
+
+    ask = reward_pool.RewardProcess.ask
+    monkeypatch.setattr(reward_pool, "LAST_SECONDS", 60.0)
+
+    def make(begin: str) -> None:
+        def waited(process: Any, question: Mapping[str, Any]) -> dict[str, Any]:
+            process._timeout = 0.5 if question["completion"].startswith(begin) else 60.0
+            return ask(process, question)
+
+        monkeypatch.setattr(reward_pool.RewardProcess, "ask", waited)
+
+    return make
 
 
 @pytest.fixture

@@ -322,7 +322,7 @@ def functions(tmp_path) -> str:
 
 @pytest.mark.parametrize("name", SAID)
 def test_a_reflection_that_fails_costs_its_proposal(functions, name):
-    reflection = FunctionReflection(f"{functions}:{name}", Limits(0.5 if name == "hangs" else 10))
+    reflection = FunctionReflection(f"{functions}:{name}", Limits(0.5 if name == "hangs" else 60))
     for _ in range(2):  # the second finds a process again
         with pytest.raises(ReflectionFailure, match=SAID[name]):
             reflection("p", 0)
@@ -331,7 +331,7 @@ def test_a_reflection_that_fails_costs_its_proposal(functions, name):
 
 @pytest.mark.parametrize("name", ["good", "raises", "empty", "half"])
 def test_a_run_goes_on_whatever_its_reflection_does(tmp_path, functions, name):
-    reflection = FunctionReflection(f"{functions}:{name}", Limits(10.0))
+    reflection = FunctionReflection(f"{functions}:{name}", Limits(60.0))
     trainer = make_trainer(tmp_path / "run", reflection=reflection)
     assert trainer.run().status == "finished"
     reflection.close()

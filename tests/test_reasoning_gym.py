@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from esfast.errors import ConfigError
 from esfast.tasks import Score, make_task
+from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
 from esfast.tasks.reward_pool import Limits, RewardPool
@@ -73,7 +75,7 @@ def test_an_answer_has_the_form_of_the_known_one(completion, known, answer):
 @pytest.fixture(scope="module")
 def scorer() -> Iterator[RewardPool]:
     """One process for all data sets: importing reasoning_gym there takes 5 s."""
-    pool = RewardPool(f"{SCORER}:score", Limits(workers=1))
+    pool = RewardPool(f"{SCORER}:score", Limits(timeout=120.0))
     yield pool
     pool.close()
 
@@ -208,3 +210,40 @@ def test_data_sets_and_options_are_named():
         make_task("reasoning_gym:nim")
     with pytest.raises(ConfigError, match="min_numbers"):
         make_task("reasoning_gym:countdown", colour="red")
+
+
+def test_a_gym_scorer_that_hangs_or_crashes_costs_its_answer(
+    tmp_path, monkeypatch, request, given_up_on
+):
+    given_up_on("2")
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    pytest.importorskip("reasoning_gym")
+    limits = Limits(memory=1 << 30)
+    task = make_task("reasoning_gym:countdown", size=10, limits=limits)
+    request.addfinalizer(task.close)
+    (tmp_path / "broken.py").write_text(
+        "import os, time\ndef score(example, answer):\n"
+        "    if answer == '1': os._exit(1)\n    if answer == '2': time.sleep(60)\n    return 0.5\n"
+    )
+    task.pool.close()
+    task.pool = RewardPool(f"{tmp_path / 'broken.py'}:score", Limits())
+    scores = task.score_all(task.train_batch(0, 0, 4), ["1", "3", "2", "4"])
+    assert [(s.value, s.failed) for s in scores] == [(0.0, True), (0.5, False)] * 2
+
+
+def test_gym_scorers_run_outside_this_process(tmp_path, monkeypatch, request):
+    """A scorer that is broken here alone: what counts is the one over there."""
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    gym = pytest.importorskip("reasoning_gym")
+    task = make_task("reasoning_gym:countdown", size=10)
+    request.addfinalizer(task.close)
+    kind = type(gym.create_dataset("countdown", size=1, seed=0))
+    monkeypatch.setattr(kind, "score_answer", lambda *_: 1 / 0)
+    example = task.train_batch(0, 0, 1)[0]
+    assert task.score(example, example.data["answer"]).value == 1.0
+
+
+def test_problems_travel_unchanged():
+    row = {"a": (1, [2, ("x",)]), "b": {0: "zero", (1, 2): {"deep": (None,)}}, "c": True}
+    row["d"] = [Fraction(2, 1), Fraction(-1, 3)]  # gsm_symbolic's
+    assert from_json(json.loads(json.dumps(to_json(row)))) == row

@@ -9,9 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +23,7 @@ from esfast.engines.base import Sampling
 from esfast.measure import GENERATION, SCORING, Clock
 from esfast.rollout import Rollout, TrainConfig
 from esfast.tasks import Example, Task, make_task
-from esfast.tasks.gym_scorer import from_json, to_json
-from esfast.tasks.reward_pool import Limits, RewardFailure, RewardPool
+from esfast.tasks.reward_pool import Limits, RewardFailure, _forward
 
 REWARDS = '''
 import ctypes, os, signal, subprocess, sys, time
@@ -66,6 +65,10 @@ def moody(example, completion):
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         os.closerange(0, 256)
         time.sleep(600)
+    if act == "leave-fork" and os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0: time.sleep(30)
+        os._exit(0)
     if act == "read": return 0.5 if sys.stdin.read() == "" else -9.0
     if act == "slow": time.sleep(float(rest))
     if act == "fork": return float(os.getpid())
@@ -89,15 +92,15 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def custom(request: pytest.FixtureRequest, **options) -> Task:
     settings = {"reward": "moods:moody", "data": "prompts.jsonl", "failure_reward": -1.0}
-    task = make_task("custom", **{**settings, "timeout": 30.0, "memory": 0.25, **options})
+    task = make_task("custom", **{**settings, "timeout": 60.0, "memory": 0.25, **options})
     request.addfinalizer(task.close)
     return task
 
 
 BAD = {
     "raise": "KeyError",
-    "hang": "no answer within 1.5 s",
-    "hang-alarm-off": "no answer within 1.5 s",
+    "hang": "no answer within 0.5 s",
+    "hang-alarm-off": "no answer within 0.5 s",
     "eat": "ran out of memory (its limit is 0.268 GB, --reward-memory)",
     "exit": "ended with code 7",
     "crash": "ended by SIGSEGV",
@@ -106,19 +109,26 @@ BAD = {
     "forge not JSON": "no reply",
     "forge [1]": "no reply",
     "flood": "no reply",
-    "close": "ended its replies, and goes on",
 }
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_goes_wrong_costs_its_completion_alone(here, request, workers):
-    task = custom(request, workers=workers, timeout=1.5)
+def test_what_goes_wrong_costs_its_completion_alone(here, request, workers, given_up_on):
+    given_up_on("hang")
+    task = custom(request, workers=workers)
     texts = [text for bad in BAD for text in (bad, "fine", "fine")]
     scores = task.score_all(task.train_batch(0, 0, len(texts)), texts)
     assert [score.value for score in scores] == [-1.0, 1.0, 1.0] * len(BAD)
     assert [score.failed for score in scores] == [True, False, False] * len(BAD)
     for score, expected in zip(scores[::3], BAD.values(), strict=True):
         assert expected in score.feedback and len(score.feedback) <= 500
+
+
+def test_a_process_that_closes_its_streams_is_replaced(here, request):
+    task = custom(request)
+    closed, fine = task.score_all(task.train_batch(0, 0, 2), ["close", "fine"])
+    assert closed.failed and "ended its replies, and goes on" in closed.feedback
+    assert fine.value == 1.0
 
 
 def test_what_is_allowed_stays_allowed(here, request):
@@ -193,15 +203,18 @@ def gone(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-def wait_for(path: Path, text: bool = False) -> None:
+def wait_for(path: Path, text: bool = False, or_dead: int = 0) -> None:
     end = time.monotonic() + 60
     while not path.exists() or (text and not path.read_text()):
+        if or_dead and not alive(or_dead):
+            return
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_a_killed_process_takes_its_children_along(here, request):
-    task = custom(request, timeout=3.0)
+def test_a_killed_process_takes_its_children_along(here, request, given_up_on):
+    given_up_on("hang")
+    task = custom(request)
     example = task.train_batch(0, 0, 1)[0]
     assert task.safe_score(example, "leave-child pid").value == 1.0
     wait_for(Path("pid"), text=True)
@@ -211,15 +224,48 @@ def test_a_killed_process_takes_its_children_along(here, request):
     assert gone(child, 60)
 
 
+def test_a_fork_that_left_does_not_hold_the_run(here, request, given_up_on):
+    """It has the process's pipes, and is not killed with it."""
+    given_up_on("hang")
+    task = custom(request)
+    example = task.train_batch(0, 0, 1)[0]
+    assert task.safe_score(example, "leave-fork").value == 1.0
+    reader = next(t for t in threading.enumerate() if getattr(t, "_target", None) is _forward)
+    assert task.safe_score(example, "hang").failed and reader.is_alive()
+
+
 def test_closing_ends_what_is_in_flight(here, request):
     task = custom(request, timeout=600.0)
-    pending = task.score_later(task.train_batch(0, 0, 2), ["hang", "fine"])
-    time.sleep(0.3)
+    pending = task.score_later(task.train_batch(0, 0, 2), ["hang here", "fine"])
+    wait_for(here / "here")
     task.close()
     with pytest.raises(CancelledError):
         pending()
     with pytest.raises(RewardFailure, match="the run is over"):
         task.pool.call({}, "fine")
+
+
+def test_closing_while_a_process_starts_ends_it(here, request, monkeypatch):
+    task, popen, started = custom(request), subprocess.Popen, []
+    task.pool._processes[0]._end()
+
+    def closing(*arguments: object, **options: object) -> subprocess.Popen:
+        started.append(popen(*arguments, **options))
+        task.close()
+        return started[0]
+
+    monkeypatch.setattr("subprocess.Popen", closing)
+    with pytest.raises(RewardFailure, match="the run is over"):
+        task.pool.call({}, "fine")
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_time_limit_is_said_whichever_side_kept_it(here, request):
+    """Its own alarm is first where this process is kept from its cores."""
+    task = custom(request, timeout=0.1)
+    task.pool._processes[0]._timeout = 60.0
+    with pytest.raises(RewardFailure, match=r"no answer within .*SIGALRM$"):
+        task.pool.call({}, "hang")
 
 
 def test_a_hanging_function_does_not_outlive_a_killed_run(here):
@@ -235,7 +281,7 @@ def test_a_hanging_function_does_not_outlive_a_killed_run(here):
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         reward = int(run.stdout.readline())
-        wait_for(here / "here")  # from now on its own alarm alone can end it
+        wait_for(here / "here", or_dead=reward)  # now its own alarm alone ends it, or did
         os.kill(run.pid, signal.SIGKILL)
     assert gone(reward, 60)
 
@@ -316,40 +362,3 @@ def test_only_the_wait_for_scores_counts_as_scoring(monkeypatch):
     population(NumberEngine(lambda call: takes(2.0)), Timed(), clock)
     assert clock.seconds[GENERATION] == 6 * 2.0 and clock.seconds[SCORING] == 3.0
     assert sum(clock.seconds.values()) == now[0] - 100.0 == 15.0
-
-
-# --- reasoning-gym's scorers ----------------------------------------------------------------------
-
-
-def test_a_gym_scorer_that_hangs_or_crashes_costs_its_answer(tmp_path, monkeypatch, request):
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
-    pytest.importorskip("reasoning_gym")
-    limits = Limits(timeout=5.0, memory=1 << 30)
-    task = make_task("reasoning_gym:countdown", size=10, limits=limits)
-    request.addfinalizer(task.close)
-    (tmp_path / "broken.py").write_text(
-        "import os, time\ndef score(example, answer):\n"
-        "    if answer == '1': os._exit(1)\n    if answer == '2': time.sleep(60)\n    return 0.5\n"
-    )
-    task.pool.close()
-    task.pool = RewardPool(f"{tmp_path / 'broken.py'}:score", Limits(timeout=2.0))
-    scores = task.score_all(task.train_batch(0, 0, 4), ["1", "3", "2", "4"])
-    assert [(s.value, s.failed) for s in scores] == [(0.0, True), (0.5, False)] * 2
-
-
-def test_gym_scorers_run_outside_this_process(tmp_path, monkeypatch, request):
-    """A scorer that is broken here alone: what counts is the one over there."""
-    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
-    gym = pytest.importorskip("reasoning_gym")
-    task = make_task("reasoning_gym:countdown", size=10)
-    request.addfinalizer(task.close)
-    kind = type(gym.create_dataset("countdown", size=1, seed=0))
-    monkeypatch.setattr(kind, "score_answer", lambda *_: 1 / 0)
-    example = task.train_batch(0, 0, 1)[0]
-    assert task.score(example, example.data["answer"]).value == 1.0
-
-
-def test_problems_travel_unchanged():
-    row = {"a": (1, [2, ("x",)]), "b": {0: "zero", (1, 2): {"deep": (None,)}}, "c": True}
-    row["d"] = [Fraction(2, 1), Fraction(-1, 3)]  # gsm_symbolic's
-    assert from_json(json.loads(json.dumps(to_json(row)))) == row

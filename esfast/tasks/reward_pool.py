@@ -113,7 +113,7 @@ class RewardProcess:
         if self._closed:
             raise RewardFailure("the run is over")
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, str(_SCRIPT), *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -121,9 +121,12 @@ class RewardProcess:
             )
         except OSError as error:  # a container's limit of processes, or of open files
             raise RewardFailure(f"no process can be started for it ({error})") from None
+        self._process = process
+        if self._closed:  # meanwhile, by another thread, which found no process to end
+            raise self._ended("the run is over")
         self._replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         reader = threading.Thread(
-            target=_forward, args=(self._process.stdout, self._replies), daemon=True
+            target=_forward, args=(process.stdout, self._replies), daemon=True
         )
         reader.start()
         ready = self._reply(START_SECONDS)
@@ -140,10 +143,12 @@ class RewardProcess:
         """The reply to one request, as `reward_process` states them. Raises RewardFailure."""
         self.start()
         process = self._process
+        if process is None:
+            raise RewardFailure("the run is over")
         self._asked += 1
         request = {"id": self._asked, **question}
-        with suppress(OSError, AttributeError, ValueError):  # a dead process ends its replies
-            assert process is not None and process.stdin is not None
+        with suppress(OSError, ValueError):  # a dead process ends its replies
+            assert process.stdin is not None
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         reply = self._reply(self._timeout)
@@ -167,10 +172,9 @@ class RewardProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
 
     def _ended(self, why: str) -> RewardFailure:
         self._end()
@@ -182,7 +186,7 @@ class RewardProcess:
         except queue.Empty:
             raise self._ended(f"no answer within {seconds:g} s; the process was ended") from None
         if line is None:
-            raise self._ended(f"the reward process ended {self._how()}")
+            raise self._ended(self._how(seconds))
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError):
@@ -191,19 +195,27 @@ class RewardProcess:
             raise self._ended(f"the reward process wrote {line[:100]!r}, which is no reply")
         return reply
 
-    def _how(self) -> str:
+    def _how(self, seconds: float) -> str:
+        process = self._process
+        if process is None:
+            return "the run is over"
         try:
-            code = self._process.wait(LAST_SECONDS) if self._process is not None else None
+            code = process.wait(LAST_SECONDS)
         except subprocess.TimeoutExpired:
-            return "its replies, and goes on"
-        if code is None or code >= 0:
-            return f"with code {code}"
+            return "the reward process ended its replies, and goes on"
+        if code >= 0:
+            return f"the reward process ended with code {code}"
+        ended = f"the reward process ended by {signal.Signals(-code).name}"
+        if code == -signal.SIGALRM:  # where this side was kept from its own clock
+            return f"no answer within {seconds:g} s; {ended}"
         limit = f" (its limit is {readable(self._memory)}, --reward-memory)" if self._memory else ""
-        return f"by {signal.Signals(-code).name}; with its memory at an end?{limit}"
+        return f"{ended}; with its memory at an end?{limit}"
 
 
 def _forward(stream: IO[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:
-    with suppress(OSError, ValueError):
+    """Ends where nobody has the pipe any more: a fork that left the group may, for long, and
+    closing the stream anywhere else would wait for it."""
+    with stream, suppress(OSError, ValueError):
         while line := stream.readline(LONGEST_REPLY):
             replies.put(line)
     replies.put(None)
