@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and no clock: by default one that takes 200 ms fails.
+settings.register_profile(
+    "esfast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("esfast")
 
 # `python -m esfast` in a test puts the current folder first, and a clone of the sources has an
 # esfast without its compiled core there. Python 3.11 and later take note of this; for 3.10,

@@ -30,7 +30,7 @@ def plain_attention(
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 5), key_heads=st.integers(1, 3), group=st.integers(1, 4),
     queries=st.integers(1, 7), past=st.integers(0, 9), seed=st.integers(0, 99),
@@ -144,7 +144,7 @@ class TestDrawing:
         assert most_probable(logits).tolist() == [40, 499, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=9), min_size=1, max_size=12),
     head=st.lists(st.integers(4, 9), max_size=200), batch_size=st.integers(1, 14),

@@ -202,7 +202,7 @@ def test_a_header_of_nonsense_is_refused(content):
         parse(data + form.check_of(b"", data), "j")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kind=st.integers(0, 4), payload=st.binary(max_size=300))
 def test_any_payload_is_read_or_refused(kind, payload):
     try:
@@ -211,7 +211,7 @@ def test_any_payload_is_read_or_refused(kind, payload):
         assert "record 0" in str(error)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.binary(max_size=300), headed=st.booleans())
 def test_any_bytes_are_read_or_refused(data, headed):
     start = form.MAGIC + struct.pack("<HH", form.FORMAT_VERSION, 1) if headed else b""

@@ -11,7 +11,7 @@ import numpy as np
 import reference
 import torch
 from cases import DTYPES, NOISES, assert_bits, tensor_of
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import Bits
 
@@ -20,9 +20,7 @@ from esfast.members import Member, noise
 from esfast.segments import Segment
 
 NAME = "model.layers.1.mlp.down_proj.weight"
-MODERATE = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+MODERATE = settings(max_examples=120)
 SEEDS = st.integers(0, 2**64 - 1)
 STEPS = st.floats(-1e3, 1e3, allow_nan=False, width=64)
 
