@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from concurrent.futures import ALL_COMPLETED
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_a_run_that_fails_stops_the_study_and_is_named(work, monkeypatch):
     with pytest.raises(EsfastError, match="exit code 2"):
         runner.run_all(CPU.runs(), lambda run, seconds: None)
     assert set(ran) <= {"train", "grpo"} and len(ran) <= CPU.jobs
+
+
+def test_a_process_that_begins_as_the_study_stops_is_stopped(work, monkeypatch):
+    """In another thread, between its look and its process."""
+    runner = study_runs.Runner(CPU, work, "model", lambda text: None)
+    popen = subprocess.Popen
+
+    def begin(command, **options):
+        runner._running.stop()
+        return popen([sys.executable, "-c", "import time; time.sleep(30)"], **options)
+
+    monkeypatch.setattr("subprocess.Popen", begin)
+    with pytest.raises(EsfastError, match="exit code -15"):
+        runner.run_all(CPU.runs()[:1], lambda run, seconds: None)
 
 
 def test_a_study_runs_what_is_left_and_nothing_twice(work, monkeypatch):

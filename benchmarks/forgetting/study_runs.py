@@ -177,6 +177,33 @@ def _training(run: StudyRun, scale: Scale, folder: Path, model: str) -> tuple[st
     return first_arguments(run, scale, folder, model)
 
 
+class Running:
+    """The processes of all threads, until they are stopped; what begins afterwards is as well."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """One has begun."""
+        self._processes.add(process)
+        if self.stopped.is_set():  # since its thread looked
+            process.terminate()
+
+    def discard(self, process: subprocess.Popen[bytes]) -> None:
+        """One has ended."""
+        self._processes.discard(process)
+
+    def stop(self) -> None:
+        """Ctrl-C to what runs: esfast finishes the generation's record and closes its journal."""
+        self.stopped.set()
+        for process in list(self._processes):
+            process.terminate()
+        for process in list(self._processes):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+
+
 class Runner:
     """Runs what is left, `jobs` runs at once; tells `note` a line a step."""
 
@@ -193,8 +220,7 @@ class Runner:
         self.work = work
         self.model = model
         self.note = note
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = threading.Event()
+        self._running = Running()
 
     def left(self, run: StudyRun) -> list[Step]:
         """What is still to be done of a run."""
@@ -211,7 +237,7 @@ class Runner:
             try:
                 self._wait(futures)
             except BaseException:
-                self._stop()
+                self._running.stop()
                 for future in futures:
                     future.cancel()
                 raise
@@ -224,13 +250,13 @@ class Runner:
     def _run(self, run: StudyRun, after: Callable[[StudyRun, float], None]) -> None:
         started = perf_counter()
         for step in self.left(run):
-            if self._stopped.is_set():
+            if self._running.stopped.is_set():
                 return
             self.note(f"{run.key}: {step.title}")
             try:
                 self._process(run, step)
             except BaseException:
-                self._stopped.set()  # here: this thread may begin the next run before run_all wakes
+                self._running.stopped.set()  # before this thread begins the next run
                 raise
         after(run, perf_counter() - started)
 
@@ -246,19 +272,8 @@ class Runner:
         if run.arm.command == "train":
             shutil.rmtree(folder / MODEL, ignore_errors=True)  # the journal is the model
 
-    def _stop(self) -> None:
-        """Ctrl-C to what runs: esfast finishes the generation's record and closes its journal."""
-        self._stopped.set()
-        for process in list(self._running):
-            process.terminate()
-        for process in list(self._running):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
 
-
-def process(
-    arguments: Sequence[str], log_path: Path, running: set[subprocess.Popen[bytes]] | None = None
-) -> None:
+def process(arguments: Sequence[str], log_path: Path, running: Running | None = None) -> None:
     """`esfast ARGUMENTS` in a process that is in `running` meanwhile, its output added to a log.
 
     Raises EsfastError for an exit code other than 0.
