@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def core() -> Iterator[subprocess.Popen[bytes]]:
     """A process with the name of vLLM's, below another one."""
-    shell = "bash -c 'exec -a VLLM::EngineCore sleep 60' & wait"
+    shell = "bash -c 'exec -a VLLM::EngineCore sleep 600' & wait"
     process = subprocess.Popen(["bash", "-c", shell], start_new_session=True)
     try:
         until = time.monotonic() + 60
@@ -45,12 +45,19 @@ def test_the_death_of_an_engines_process_is_told(core: subprocess.Popen[bytes]) 
     thread = watch(0.01, lambda why: (told.append(why), done.set()))
     assert thread is not None and not done.wait(0.2)
     os.kill(number, 9)
-    assert done.wait(10) and told == [f"VLLM::EngineCore (process {number}) is gone"]
-    thread.join(10)
+    assert done.wait(60) and told == [f"VLLM::EngineCore (process {number}) is gone"]
+    thread.join(60)
 
 
 def test_an_engine_without_processes_is_not_watched() -> None:
     assert watch() is None
+
+
+def test_a_child_that_ends_while_it_is_looked_at_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # a moment before
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert engine_processes(gone.pid) == {}
 
 
 def test_what_is_raised_by_a_dead_engine_and_what_by_a_mistake() -> None:

@@ -55,8 +55,10 @@ def _end(why: str) -> None:
 
 
 def _children(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task")
-    threads = tasks.iterdir() if tasks.is_dir() else ()
+    try:
+        threads = list(Path(f"/proc/{parent}/task").iterdir())
+    except OSError:  # no /proc, or it has ended
+        return []
     return [int(n) for thread in threads for n in _text(thread / "children").split()]
 
 
