@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from esfast.measure import GENERATION, INSIDE, LOOP, SCORING, UPDATE, Clock
 
 def test_every_second_has_one_name(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 4.5, 5.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("esfast.measure.time", SimpleNamespace(perf_counter=lambda: next(now)))
     clock = Clock()
     clock.lap(GENERATION)
     clock.lap(SCORING)
@@ -33,4 +34,4 @@ def test_the_time_before_a_clock_starts_can_be_told(monkeypatch):
     monkeypatch.setattr("sys.argv", ["esfast", "info"])
     main()
     main(["info"])
-    assert 6.5 <= seen[0] < 60 and seen[1] == 0.0
+    assert 6.5 <= seen[0] <= time.perf_counter() - esfast.BEGAN and seen[1] == 0.0
