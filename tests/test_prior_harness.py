@@ -51,7 +51,8 @@ def engine():
 def yaml(tmp_path, monkeypatch) -> Path:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    cache = pytest.importorskip("datasets").config  # which reads the environment once
+    monkeypatch.setattr(cache, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [json.dumps({"q": q, "choices": c, "gold": g}) for q, c, g in ROWS]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     for name, text in (("choose", CHOICES), ("write", TEXT)):
