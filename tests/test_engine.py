@@ -349,7 +349,7 @@ def grown(**environment: str) -> tuple[str, int]:
     code = GROWTH.format(tests=str(Path(__file__).parent))
     run = subprocess.run(
         [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True,
-        check=True, timeout=120,
+        check=True, timeout=600,
     )  # fmt: skip
     capacities, growth = run.stdout.splitlines()
     return capacities, int(growth)

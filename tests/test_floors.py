@@ -95,7 +95,7 @@ def test_the_check_sees_a_climb() -> None:
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(); print(*sys.modules)"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 

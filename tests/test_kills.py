@@ -15,7 +15,7 @@ def killed(tmp_path: Path, lives: int, seed: int, size: int) -> dict:
     command += [str(lives), str(seed), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     result = json.loads(done.stdout)
-    assert result["wrong"] == [] and sum(result["killed"].values()) == lives
+    assert result["wrong"] == [] and sum(result["killed"].values()) >= lives
     return result
 
 
@@ -23,7 +23,7 @@ def test_60_kills_and_every_resume_ends_with_the_same_weights(tmp_path):
     """In writes, syncs, updates and snapshots, and anywhere: journals and weights are those of the
     run that was never killed, to the bit."""
     result = killed(tmp_path, 60, seed=1, size=40)
-    assert min(result["killed"].values()) >= 2 and result["runs"] >= 5
+    assert min(result["killed"].values()) >= 3 and result["runs"] >= 5
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ SCRIPT = """
         for k, member in enumerate(es.population()):
             if k == 1:
                 print(es.weights.checksum(), flush=True)
-                time.sleep(60)
+                time.sleep(600)
     except KeyboardInterrupt:
         print("interrupted", es.weights.checksum(), flush=True)
 """
@@ -304,7 +304,7 @@ def test_kill_int_in_a_member_restores(memory: str) -> None:
         base = process.stdout.readline().strip()
         live = process.stdout.readline().strip()
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     assert len(base) == len(live) == 16 and base != live
     assert output.strip() == f"interrupted {base}"
 
@@ -337,5 +337,5 @@ def test_kill_int_anywhere_restores(memory: str, delay: float) -> None:
         base = process.stdout.readline().strip()
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     assert output.strip() == base

@@ -61,7 +61,7 @@ def build(folder: Path, compiler: str, machine: str, extra: list[str]) -> Path:
 
 def digests(command: list[str], answers: Path) -> dict[str, str]:
     run = subprocess.run(
-        [*command, str(answers), str(ROUNDS)], capture_output=True, text=True, timeout=300
+        [*command, str(answers), str(ROUNDS)], capture_output=True, text=True, timeout=1800
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return dict(line.split() for line in run.stdout.splitlines())

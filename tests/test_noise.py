@@ -251,7 +251,7 @@ def run_with(target: str) -> subprocess.CompletedProcess[str]:
 
     environment = {**os.environ, "ESFAST_TARGET": target}
     command = [sys.executable, "-c", LOAD, str(_core.__file__)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_the_environment_forces_a_target() -> None:

@@ -217,7 +217,7 @@ test_ray.train(Path(sys.argv[1]), 2, task=Dies())
 def test_a_killed_driver_is_resumed(tmp_path, alone):
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "x"), address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     recorded = len(read_journal(tmp_path / "x/run").generations)
     assert 2 <= recorded < 5

@@ -41,7 +41,7 @@ def scenarios(tmp_path_factory) -> dict[str, list[dict]]:
     command += SCENARIOS
     paths = os.pathsep.join(filter(None, [str(driver.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = dict(zip(SCENARIOS, json.loads(done.stdout), strict=True))
     assert not [worker for all_of in told.values() for worker in all_of if "bug" in worker], told
@@ -123,7 +123,7 @@ def test_torchrun_gives_the_model_of_one_process(flags, tmp_path):  # noqa: F811
     def train(count: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         command = [*launch, str(count), "-m", "esfast", *arguments]
         return subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
         )
 
     assert subprocess.run([sys.executable, "-m", "esfast", *flags, "--output", "0"]).returncode == 0
