@@ -39,6 +39,7 @@ from esfast.train_flags import (
     task_of,
     thread_count,
 )
+from esfast.training_run import require_not_over
 
 DTYPES = ("float32", "bfloat16")
 TUNED = (
@@ -116,6 +117,7 @@ def _train(
     else:
         description, changes = past.described(description), past.changes
         done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
+        require_not_over(config.generations, done)
     loaded, engine = open_transformers(args)
     require_disk_for_grpo(engine, config, output, done, past is not None)
     require_prompts_fit(engine, task, Dealt(config, config.seed), prior)

@@ -16,7 +16,9 @@ from esfast.provenance import provenance
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast report`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of train, grpo or continual")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of train, grpo, fast-slow or continual"
+    )
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the report")
     parser.add_argument("--names", default=None, metavar="A,B", help="one a run; else the folders'")
     parser.add_argument("--title", default=None, help="of the report")

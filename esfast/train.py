@@ -42,7 +42,7 @@ from esfast.rollout import Earned, Rollout, TrainConfig, strategy_over
 from esfast.run_folder import RunFolder
 from esfast.snapshots import save_snapshot
 from esfast.tasks.base import Example, Task
-from esfast.training_run import TrainingRun, TrainResult
+from esfast.training_run import TrainingRun, TrainResult, require_not_over
 
 
 class Trainer(TrainingRun):
@@ -105,6 +105,7 @@ class Trainer(TrainingRun):
         writer = self.folder.journal
         es = None
         if writer is not None:
+            require_not_over(self.config.generations, writer.generation)
             es = strategy_over(self.engine, self.config, self._anchor)
             require_settings(writer.header, es)
             require_base(writer.header, es)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from esfast import measure
 from esfast.cost import Account
 from esfast.engines.base import Engine, Measured
+from esfast.errors import ConfigError
 from esfast.failures import Failures
 from esfast.held_out import HeldOut, rise, samples
 from esfast.loggers import Logger
@@ -108,6 +109,16 @@ def _numbers(scores: Sequence[PriorScore]) -> dict[str, float]:
             if part is not None:
                 numbers[f"prior/{score.task}/{kind}"] = part.score
     return numbers
+
+
+def require_not_over(generations: int, done: int) -> None:
+    """ConfigError for a run that goes on to fewer generations than it has: its config.json would
+    name a number that its weights are past."""
+    if generations < done:
+        raise ConfigError(
+            f"the run has {done} generations already, and was told to end after {generations}; "
+            "what was trained is not taken back. Ask for as many or more, or leave the flag out."
+        )
 
 
 class RunSettings(Protocol):

@@ -30,6 +30,7 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     config = json.loads(Path("run/config.json").read_text())
     assert config["method"] == "grpo" and config["settings"]["group_size"] == 2
     assert config["tuning"].keys() == {"tuned", "not_tuned", "fixed"}
+    assert "times the ratio to the old policy" in config["tuning"]["fixed"]["kl"]
     assert config["made"]["packages"]["trl"]
     measured = list(read_lines(Path("run/prior.jsonl")))
     assert [r["generation"] for r in measured] == [0, 1]
@@ -50,6 +51,8 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     again = read_json(Path("run/summary.json"))
     assert again["held_out_after"]["generation"] == 2 and again["generations"] == 2
     assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    assert run("grpo", "--resume", "run", "--generations", "1") == 2
+    assert "the run has 2 generations already" in capfd.readouterr().err
     (Path("run") / CHECKPOINTS).rename("elsewhere")
     assert run("grpo", "--resume", "run", "--generations", "3") == 2
     assert "no whole checkpoint" in capfd.readouterr().err

@@ -319,11 +319,13 @@ def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd):
         assert not Path("out").exists()
 
 
-def test_resume_from_the_command_line(flags):
+def test_resume_from_the_command_line(flags, capfd):
     assert run(*flags, "--generations", "4", "--output", "whole") == 0
     assert run(*flags, "--generations", "2", "--output", "run") == 0
     assert run("train", "--resume", "run", "--generations", "4", "--memory", "shadow") == 0
     assert weights("run/model") == weights("whole/model")
+    assert run("train", "--resume", "run", "--generations", "3") == 2
+    assert "the run has 4 generations already" in capfd.readouterr().err
     config = read_config(Path("run"))
     assert config["arguments"]["generations"] == 4 and "resumed" not in config["made"]
     (step,) = config["resumed"]

@@ -181,8 +181,8 @@ def read_run(folder: Path, name: str) -> RunData:
     """One run. Raises DataError where `folder` is none, or a file in it is damaged."""
     if not (folder / CONFIG).is_file():
         raise DataError(
-            f"'{folder}' is no run folder: it has no {CONFIG}. Give the folder that esfast train "
-            "or esfast grpo wrote (its --output)."
+            f"'{folder}' is no run folder: it has no {CONFIG}. Give the folder that esfast train, "
+            "grpo or fast-slow wrote (its --output)."
         )
     config = read_config(folder)
     journal = read_journal(folder) if (folder / JOURNAL).exists() else None
