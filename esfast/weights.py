@@ -253,23 +253,25 @@ class Weights(LiveWeights):
 
     def load_state(self, state: Sequence[torch.Tensor]) -> None:
         """Takes another run's `state`, in the same order, shapes and dtypes; bits are kept."""
-        own = self.state()
-        if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in own]:
-            raise ParameterError(
-                f"a state of {len(state)} tensors does not fit this table of {len(own)} segments "
-                f'under memory="{self.memory}"; shapes and dtypes must be the same.'
-            )
-        with torch.inference_mode():  # of bases or weights made in it, torch asks for it again
-            for mine, tensor in zip(own, state, strict=True):
-                mine.copy_(tensor)
-        if self.memory == "master":
-            self._core.refresh(self.threads)
-        elif self._bases:
-            self._core.capture(self.threads)
+        with self._turn:
+            own = self.state()
+            if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in own]:
+                raise ParameterError(
+                    f"a state of {len(state)} tensors does not fit this table of {len(own)} "
+                    f'segments under memory="{self.memory}"; shapes and dtypes must be the same.'
+                )
+            with torch.inference_mode():  # of bases or weights made in it, torch asks for it again
+                for mine, tensor in zip(own, state, strict=True):
+                    mine.copy_(tensor)
+            if self.memory == "master":
+                self._core.refresh(self.threads)
+            elif self._bases:
+                self._core.capture(self.threads)
 
     def write_state(self, path: Path, told: Mapping[str, str]) -> None:
         """`state` in a safetensors file with `told` beside it; EsfastError where the disk fails."""
-        state_file.write(path, self.state(), self._checksum_of, told)
+        with self._turn:
+            state_file.write(path, self.state(), self._checksum_of, told)
 
     def read_state(self, path: Path) -> None:
         """Takes what `write_state` wrote; whatever is raised, no weight was touched.
@@ -290,12 +292,13 @@ class Weights(LiveWeights):
 
         StateError where a member is applied.
         """
-        if self.perturbed:
-            raise StateError(
-                "a member is applied; restore before the weights are edited elsewhere."
-            )
-        if self._bases:
-            self._core.capture(self.threads)
+        with self._turn:
+            if self.perturbed:
+                raise StateError(
+                    "a member is applied; restore before the weights are edited elsewhere."
+                )
+            if self._bases:
+                self._core.capture(self.threads)
 
     def _checksum_of(self, state: Sequence[torch.Tensor]) -> str:
         segments = zip(self.table.segments, state, strict=True)
@@ -320,13 +323,14 @@ class Weights(LiveWeights):
         """
         if self.memory != "lean":
             return sum(base.nbytes for base in self._bases)
-        self.restore()
-        member = Member(seed=0, noise=noise)
-        return int(
-            self._core.expected_record_bytes(
-                member.noise_number, member.spec, _scale(1, sigma), _SAMPLE_STRIDE, self.threads
+        member, scale = Member(seed=0, noise=noise), _scale(1, sigma)
+        with self._turn:
+            self.restore()
+            return int(
+                self._core.expected_record_bytes(
+                    member.noise_number, member.spec, scale, _SAMPLE_STRIDE, self.threads
+                )
             )
-        )
 
     def memory_use(self) -> MemoryUse:
         """What is held now: lean's records keep their memory between members."""

@@ -154,6 +154,23 @@ def test_threads_take_turns_at_one_set_of_weights() -> None:
     assert torch.equal(tensor, before)
 
 
+def test_a_look_at_the_memory_waits_for_its_turn() -> None:
+    """It perturbs and restores a sample in place, beside a member it would leave other weights."""
+    tensor = torch.randn(60_000)
+    before = tensor.clone()
+    weights = Weights(table_of(tensor), threads=1)
+
+    def work(call: Callable[[int], object]) -> None:
+        for seed in range(300):
+            call(seed)
+            weights.restore()
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = (lambda _: weights.expected_bytes(1e-2), lambda n: weights.perturb(Member(n), 0.1))
+        list(pool.map(work, calls))
+    assert torch.equal(tensor, before)
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, 10**9, "2"])
 def test_a_number_of_threads_is_checked(threads: object) -> None:
     with pytest.raises(ConfigError, match="threads is"):
