@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Prompts and weights, weights alone, prompts alone: benchmarks/results/fast_slow_cpu.csv and .png.
+"""Prompts and weights against weights alone: benchmarks/results/fast_slow_cpu.csv and .png.
 
     python benchmarks/fast_slow.py [--work DIR] [--seeds 1 2] [--jobs 2]
 
 SmolLM2-135M-Instruct, the default task, bf16, one thread a run; a run is a command of esfast in
 DIR/KEY (`ARMS`), and one that is there is gone on with. Tokens are all that training and the search
 read and generated, evaluation left out; a row is one evaluation of 96 held-out prompts under one
-instruction. Tokens and scores repeat to the bit, seconds are not measured. About 25 minutes on two
-cores.
+instruction. Tokens and scores repeat to the bit, seconds are not measured. It took 28 minutes on
+two cores with other work on them.
 """
 
 from __future__ import annotations
@@ -42,17 +42,11 @@ ARMS = {
         "--metric-calls", "120", "--pareto-size", "24",
     ),
     "weights": ("train", "--generations", "10"),
-    "prompts": (
-        "fast-slow", "--cycles", "1", "--generations-per-cycle", "1",
-        "--metric-calls", "480", "--pareto-size", "24",
-    ),
 }  # fmt: skip
-"""`prompts` is looked at before its one generation."""
 CURVES = {
     ("weights", "first"): ("weights alone", "#27465f", "-"),
     ("fast-slow", "first"): ("fast-slow, first instruction", "#c4572e", "-"),
     ("fast-slow", "best"): ("fast-slow, best prompt", "#c4572e", "--"),
-    ("prompts", "best"): ("prompts alone", "#6b8f3d", "--"),
 }
 Row = dict[str, Any]
 
@@ -69,15 +63,14 @@ def run(arm: str, seed: int, folder: Path) -> list[Row]:
                 [sys.executable, "-m", "esfast", command, *arguments],
                 stdout=log, stderr=log, check=True, env={**os.environ, "COLUMNS": "120"},
             )  # fmt: skip
-    return [{"arm": arm, "seed": seed, **row} for row in rows(folder, arm)]
+    return [{"arm": arm, "seed": seed, **row} for row in rows(folder)]
 
 
-def rows(folder: Path, arm: str) -> Iterator[Row]:
+def rows(folder: Path) -> Iterator[Row]:
     """A row an evaluation, in the order of the run."""
     yield row(read_json(folder / SUMMARY)["held_out_before"], "first", "before", 0, 0)
-    lines = [] if arm == "prompts" else list(read_lines(folder / METRICS))
     cycles, searched = read_cycles(folder), 0
-    for line in [None, *lines]:
+    for line in [None, *read_lines(folder / METRICS)]:
         generation = 0 if line is None else line["generation"]
         training = 0 if line is None else total(line["cost"]["training"])
         for name, instruction in (("held_out", "first"), (HELD_OUT_PROMPT, "best")):
@@ -110,7 +103,7 @@ def total(tokens: Mapping[str, int]) -> int:
 
 
 def measure(work: Path, seeds: Sequence[int], jobs: int) -> list[Row]:
-    """The rows of all runs, arm by arm; the longest arms begin first."""
+    """The rows of all runs, arm by arm."""
     keys = [(arm, seed) for arm in ARMS for seed in seeds]
     with Progress() as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("runs", total=len(keys))
