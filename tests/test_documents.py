@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,11 @@ def block(document: str, marker: str) -> str:
 
 
 def run(source: str, **names: Any) -> dict[str, Any]:
-    exec(compile(source, "document", "exec"), names)
-    return names
+    """What `source` leaves, with `names` given."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.py"
+        path.write_text(source)
+        return runpy.run_path(str(path), init_globals=names)
 
 
 def engine_over(folder: Path) -> TransformersEngine:
