@@ -347,11 +347,12 @@ class GrpoRun(TrainingRun):
         elif self.generation:
             self._save_model(self.folder.model)
         stored = None
-        try:
-            stored = self._as_stored() if status == "finished" else None
-        except KeyboardInterrupt:
-            self.progress.note("stopped before the score of the weights rounded to bfloat16")
-            status = "interrupted"
+        if status == "finished":
+            try:
+                stored = self._as_stored()
+            except KeyboardInterrupt:
+                self.progress.note("stopped before the score of the weights rounded to bfloat16")
+                status = "interrupted"
         as_stored = stored and stored.record()
         return self._summarise(status, self.generation, held_out_as_bfloat16=as_stored)
 

@@ -215,7 +215,8 @@ class InstructionAdapter:
         text = proposal.candidate[INSTRUCTION]
         before, after = proposal.subsample_scores_before, proposal.subsample_scores_after
         accepted = text in self._certain or sum(after or []) > sum(before or [])
-        self._pool |= {text} if accepted else set()
+        if accepted:
+            self._pool.add(text)
         return accepted
 
 
