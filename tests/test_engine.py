@@ -343,23 +343,28 @@ print(_status_bytes("RssAnon") - before)
 """
 
 
-def grown(**environment: str) -> tuple[str, int]:
-    """The caches' capacities, and bytes that products of 256 shapes leave in a new process."""
+def growing(**environment: str) -> subprocess.Popen[str]:
+    """Prints the caches' capacities, and the bytes that products of 256 shapes leave."""
     kept = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
     code = GROWTH.format(tests=str(Path(__file__).parent))
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True,
-        check=True, timeout=600,
-    )  # fmt: skip
-    capacities, growth = run.stdout.splitlines()
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=kept | environment, stdout=subprocess.PIPE, text=True)
+
+
+def grown(process: subprocess.Popen[str]) -> tuple[str, int]:
+    output, _ = process.communicate(timeout=600)
+    capacities, growth = output.splitlines()
     return capacities, int(growth)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_products_of_many_shapes_do_not_pile_up() -> None:
-    capacities, growth = grown()
+    processes = (
+        growing(),
+        growing(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1000"),
+    )
+    (capacities, growth), (own, piled) = map(grown, processes)
     assert capacities == "32 32"
-    own, piled = grown(LRU_CACHE_CAPACITY="1024", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1000")
     assert own == "1024 1000"  # a value of the user's stays
     if piled < 40e6:
         pytest.skip("torch compiles nothing for these products here")

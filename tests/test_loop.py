@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -310,32 +311,30 @@ def test_kill_int_in_a_member_restores(memory: str) -> None:
 
 
 CYCLES = """
-    import sys, torch, esfast
+    import torch, esfast
     torch.manual_seed(0)
     model = torch.nn.Linear(1500, 1500).to(torch.bfloat16)
-    es = esfast.EvolutionStrategy(model, sigma=0.05, population_size=100000, memory=sys.argv[1])
-    try:
-        print(es.weights.checksum(), flush=True)  # inside: from here on the signal may come
-        for member in es.population():
+    for memory in ("lean", "shadow") * 3:
+        es = esfast.EvolutionStrategy(model, sigma=0.05, population_size=100000, memory=memory)
+        try:
+            print(es.weights.checksum(), flush=True)  # inside: from here on the signal may come
+            for member in es.population():
+                pass
+        except KeyboardInterrupt:
             pass
-    except KeyboardInterrupt:
-        pass
-    print(es.weights.checksum(), flush=True)
+        print(es.weights.checksum(), flush=True)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-@pytest.mark.parametrize("delay", [0.05, 0.11, 0.17])
-@pytest.mark.parametrize("memory", ["lean", "shadow"])
-def test_kill_int_anywhere_restores(memory: str, delay: float) -> None:
+def test_kill_int_anywhere_restores() -> None:
     """The signal falls in the core, between members, or in the iterator itself."""
-    import time
-
-    command = [sys.executable, "-c", textwrap.dedent(CYCLES), memory]
+    command = [sys.executable, "-c", textwrap.dedent(CYCLES)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        base = process.stdout.readline().strip()
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=600)
-    assert output.strip() == base
+        for delay in (0.05, 0.05, 0.11, 0.11, 0.17, 0.17):  # in lean and in shadow memory
+            base = process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == base != ""
+    assert process.returncode == 0

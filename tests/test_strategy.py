@@ -150,8 +150,8 @@ def test_a_small_regression_converges(loop: str) -> None:
 
     start = reward()
     options = {"sigma": 0.02, "population_size": 32, "seed": 2, **LOOPS[loop]}
-    train(model, reward, 150, alpha=0.15, **options)
-    train(model, reward, 60, alpha=0.02, **options)
+    train(model, reward, 70, alpha=0.15, **options)
+    train(model, reward, 40, alpha=0.02, **options)
     assert reward() > start * 1e-3
     assert abs(float(model.bias.detach()[0]) - 0.3) < 0.1
 
