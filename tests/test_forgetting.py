@@ -7,17 +7,15 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forgetting_runs import GENERATIONS, command, found, numbers, train
 from rich.console import Console
-from test_cli import run
 from tiny_models import byte_tokenizer, llama
 
-from esfast import AnchoredDecay, EvolutionStrategy
-from esfast.diagnosis import plots
+from esfast import AnchoredDecay
 from esfast.diagnosis.plots import draw
 from esfast.diagnosis.records import EQUAL, models
 from esfast.diagnosis.steps import Steps
@@ -25,28 +23,6 @@ from esfast.diagnosis.table import print_tables
 from esfast.forgetting.drift import CheckpointTensors, drift
 from esfast.forgetting.subjects import Base, Checkpoint, Run, names_of, open_subject
 from esfast.models import load_model
-from esfast.replay import keep_journal
-
-GENERATIONS = 4
-
-
-def command(*arguments: str) -> int:
-    """The exit code of `esfast forgetting ARGUMENTS`, in this process."""
-    return run("forgetting", *map(str, arguments))
-
-
-def train(base: Path, folder: Path, dtype: str, **settings: object) -> None:
-    """A run of drawn rewards with a journal and a config.json; its weights saved on the way."""
-    loaded = load_model(base, dtype=getattr(torch, dtype))
-    chosen = {"sigma": 0.02, "alpha": 0.02, "population_size": 6, **settings}
-    es = EvolutionStrategy(loaded.model, threads=1, **chosen)
-    folder.mkdir()
-    with keep_journal(es, folder / "journal.esj", checksum_every=2):
-        for number in range(GENERATIONS):
-            es.step(np.random.default_rng(number).normal(size=6))
-            loaded.model.save_pretrained(folder / f"saved-{number + 1}")
-    config = {"arguments": {"task": "arithmetic", "task_option": []}}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +35,6 @@ def here(tmp_path_factory) -> Path:
     train(folder / "base", folder / "es", "bfloat16", seed=1)
     train(folder / "base", folder / "awd", "float32", seed=2, decay=AnchoredDecay("l2", 5.0))
     return folder
-
-
-def found(folder: Path) -> dict:
-    return json.loads((folder / "forgetting.json").read_text())
-
-
-def numbers(tensors) -> np.ndarray:
-    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
 
 
 def test_the_journal_gives_what_the_saved_weights_say(here, tmp_path):
@@ -414,22 +382,3 @@ def test_names_are_no_markup_and_no_mathematics(whole, tmp_path, monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert shown.count(names[0]) > 3 and shown.count(names[1]) > 3
     assert re.search(re.escape(names[1]) + " +━", shown)
-
-
-def test_far_apart_norms_are_drawn_from_the_first_generation_on() -> None:
-    """A logarithmic axis has no 0: a line from generation 0 would fall to the bottom."""
-    figure = pytest.importorskip("matplotlib.figure")
-
-    def subject(name: str, norms: list[float], law: list[float] | None) -> dict[str, Any]:
-        drift = [{"generation": n, "whole": {"norm": x}} for n, x in enumerate(norms)]
-        return {"name": name, "kind": "run", "drift": drift, "noise_norms": law}
-
-    subjects = [subject("es", [0.0, 20.0, 40.0], [0.0, 19.0, 41.0]), subject("g", [0.0, 0.5], None)]
-    axes = figure.Figure().subplots()
-    plots._norm(axes, {"subjects": subjects})
-    lines = [line for line in axes.get_lines() if len(line.get_ydata())]
-    assert axes.get_yscale() == "log" and len(lines) >= 3
-    assert all(min(line.get_ydata()) > 0 for line in lines)
-    near = figure.Figure().subplots()
-    plots._norm(near, {"subjects": subjects[:1]})
-    assert near.get_lines()[0].get_ydata()[0] == 0.0
