@@ -7,12 +7,12 @@
 # nvcc, a C++ compiler and python3 with its headers, torch and setuptools; wheels that are missing
 # may lie in .whl/. Exits 1 where a stage failed or found no time.
 set -u
-cd "$(dirname "$0")/.." || exit 1
 SECONDS=0
 readonly END=520  # no stage begins or goes on later; stopping one takes up to 15 s more
 out=${1:?"usage: gpu_check.sh OUTDIR"}
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d) || exit 1
 export REPO=$PWD WORK=$work PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 ESFAST_STRICT=1 ESFAST_CUDA_ARCHS=${ESFAST_CUDA_ARCHS:-90}
