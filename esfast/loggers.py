@@ -81,6 +81,23 @@ class TrackioLogger:
             self._trackio.finish()
 
 
+def still_logging(
+    loggers: Sequence[Logger], act: Callable[[Logger], None], tell: Callable[[str], object]
+) -> list[Logger]:
+    """Those that could do it. One that raises is told of and used no more: what it shows is in
+    metrics.jsonl too, and no run ends for it."""
+    kept = []
+    for logger in loggers:
+        try:
+            act(logger)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            tell(f"{type(logger).__name__} failed and gets no more numbers ({why})")
+        else:
+            kept.append(logger)
+    return kept
+
+
 def require_packages(names: Sequence[str]) -> None:
     """Raises ConfigError for a name that is not there or whose package is not installed."""
     for name in names:

@@ -21,7 +21,7 @@ from esfast.engines.base import Engine, Measured
 from esfast.errors import ConfigError
 from esfast.failures import Failures
 from esfast.held_out import HeldOut, rise, samples
-from esfast.loggers import Logger
+from esfast.loggers import Logger, still_logging
 from esfast.measure import FINISH, LOOP, PRIOR_TASKS, RECORDS, SETUP, Clock
 from esfast.prior import PriorSettings, PriorTasks
 from esfast.prior.evaluation import PRIOR
@@ -218,8 +218,8 @@ class TrainingRun(ABC):
         self.clock.lap(RECORDS)
 
     def _log(self, generation: int, numbers: Mapping[str, float]) -> None:
-        for logger in self.loggers:
-            logger.log(generation, numbers)
+        note = self.progress.note
+        self.loggers = still_logging(self.loggers, lambda x: x.log(generation, numbers), note)
 
     def _line(self, report: GenerationReport, held_out: HeldOut | None) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -246,8 +246,7 @@ class TrainingRun(ABC):
 
     def _summarise(self, status: str, generations: int, **method: object) -> TrainResult:
         """Closes the loggers and writes the summary, which comes last. method: further entries."""
-        for logger in self.loggers:
-            logger.close()
+        still_logging(self.loggers, lambda logger: logger.close(), self.progress.note)
         self.clock.lap(FINISH)
         least = self._inference_peak  # the kernel's peak may go back by some pages
         peak = None if least is None else max(least, self._peaks.peak_bytes())

@@ -325,6 +325,33 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
     assert trackio.calls[5:] == [("init", "allow", "esfast", "run"), ("log", 3, {})]
 
 
+class LosingItsServer:
+    def __init__(self, when: int) -> None:
+        self.when, self.seen = when, []
+
+    def log(self, generation, numbers):
+        self.seen.append(generation)
+        if generation == self.when:
+            raise OSError("the server is gone")
+
+    def close(self):
+        raise RuntimeError("cannot close")
+
+
+def test_a_logger_that_fails_costs_no_run(tmp_path, monkeypatch):
+    trainer, said = make_trainer(tmp_path, generations=3), []
+    monkeypatch.setattr(trainer.progress, "note", said.append)
+    one, other = trainer.loggers = [LosingItsServer(1), LosingItsServer(9)]
+    assert trainer.run().status == "finished"
+    assert one.seen == [0, 1] and other.seen == [0, 1, 2, 3]
+    told = [text for text in said if "gets no more numbers" in text]
+    assert [text.partition("(")[2] for text in told] == [
+        "OSError: the server is gone)",
+        "RuntimeError: cannot close)",
+    ]
+    assert len(list(read_lines(tmp_path / "run" / "metrics.jsonl"))) == 3
+
+
 def test_a_missing_logger_is_refused_by_name():
     with pytest.raises(ConfigError, match="tensorboard, trackio"):
         require_packages(["nowhere"])
