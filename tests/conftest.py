@@ -31,6 +31,10 @@ settings.load_profile("esfast")
 # `away_from_the_sources` below.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 
+# Torch's idle threads spin 200 ms and more beside another busy program, and a test takes minutes;
+# esfast itself sees to it where it is imported before torch (docs/engines.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 # A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

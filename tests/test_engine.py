@@ -346,6 +346,7 @@ print(_status_bytes("RssAnon") - before)
 def growing(**environment: str) -> subprocess.Popen[str]:
     """Prints the caches' capacities, and the bytes that products of 256 shapes leave."""
     kept = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+    kept["OMP_NUM_THREADS"] = "1"  # two such processes would spin for each other's cores
     code = GROWTH.format(tests=str(Path(__file__).parent))
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, env=kept | environment, stdout=subprocess.PIPE, text=True)
