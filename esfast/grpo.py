@@ -106,6 +106,11 @@ class GrpoConfig:
                 f"group_size is {self.group_size}; expected 2 or more: a completion is judged by "
                 "the others of its group."
             )
+        if self.completions > MOST_ROWS:
+            raise ConfigError(
+                f"prompts * group_size is {self.prompts} * {self.group_size}; expected {MOST_ROWS} "
+                "at most: so many completions are held at once."
+            )
         if self.generations * self.prompts > MOST_ROWS:
             raise ConfigError(
                 f"generations * prompts is {self.generations} * {self.prompts}; expected "
@@ -214,7 +219,8 @@ class GrpoRun(TrainingRun):
         self.interrupts.rest()
         self.generation = trainer.state.global_step // self.config.iterations
         if self._after is None:  # the checkpoint was the end
-            self._after = self._evaluate(self.generation)
+            self._after = self._answer_again(self.generation)
+            self._evaluate_prior(self.generation)
 
     def _tell_memory(self) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.engine.model.parameters())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
@@ -87,6 +87,8 @@ def make_trainer(run: GrpoRun, folder: Path) -> Any:
         callbacks=[_watch(run)],
         rollout_func=_rollout_of(run),
     )
+    with suppress(OSError):  # TRL makes it at once; a run may never write a checkpoint
+        folder.rmdir()
     trainer.remove_callback(PrinterCallback)
     # With every checkpoint TRL writes a card of the model, for which it looks for other packages.
     trainer.create_model_card = lambda **_: None

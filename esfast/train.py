@@ -179,7 +179,7 @@ class Trainer(TrainingRun):
         assert self.es is not None
         self._evaluate_prior(self.es.generation)
         if self.es.generation >= self.config.generations and self._after is None:
-            self._after = self._evaluate(self.es.generation)
+            self._after = self._answer_again(self.es.generation)
         while self.es.generation < self.config.generations:
             report = self._generation(self.es)
             done = self.es.generation
@@ -268,7 +268,9 @@ class Trainer(TrainingRun):
         self.clock.lap(RECORDS)
         generations = self.es.generation if self.es is not None and self._caught_up else 0
         if self._report is not None and self._report.generation <= generations:
-            self._record(self._report, None)  # a run that goes on makes up for its evaluation
+            measured = self._after is not None and self._after.generation == generations
+            # What was not measured yet a run that goes on makes up for.
+            self._record(self._report, self._after if measured else None)
         self.progress.doing("saving")
         self._write_samples()
         if generations:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,6 +192,15 @@ class TrainingRun(ABC):
             return None
         self._after = self._evaluate(generation)
         return self._after
+
+    def _answer_again(self, generation: int) -> HeldOut:
+        """For the samples and the summary of a run that was over when it went on; counted only
+        where no line of metrics.jsonl has counted it."""
+        before, lines = replace(self.account.evaluation), self.folder.lines()
+        held_out = self._evaluate(generation)
+        if lines and lines[-1]["generation"] == generation and lines[-1].get("held_out"):
+            self.account.evaluation = before
+        return held_out
 
     def _evaluate_prior(self, generation: int) -> None:
         """Where it is due and not known already, as from before the run was stopped."""

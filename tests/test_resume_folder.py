@@ -82,8 +82,34 @@ def test_a_run_stopped_in_its_evaluation_loses_no_line(
     summaries = [read_json(tmp_path / name / "summary.json") for name in ("whole", "run")]
     for key in ("generations", "held_out_after", "rise", "failed_rewards"):
         assert summaries[0][key] == summaries[1][key]
-    trained = [s["cost"]["training"] for s in summaries]
-    assert trained[0] == trained[1]
+    assert summaries[0]["cost"] == summaries[1]["cost"]
+
+
+def test_a_finished_run_that_goes_on_counts_no_answer_twice(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", engine=Counting()).run()
+    first = read_json(tmp_path / "run" / "summary.json")
+    trainer(tmp_path / "run", engine=Counting(), goes_on=True).run()
+    again = read_json(tmp_path / "run" / "summary.json")
+    assert again["held_out_after"] == first["held_out_after"]
+    assert again["cost"] == first["cost"]
+
+
+def test_held_out_answers_before_a_stop_in_the_prior_tasks_are_kept(tmp_path: Path) -> None:
+    stopped = trainer(tmp_path / "run", engine=Counting())
+    evaluate = stopped._evaluate_prior
+
+    def stop(generation: int) -> None:
+        if generation == 2:
+            raise KeyboardInterrupt
+        evaluate(generation)
+
+    stopped._evaluate_prior = stop  # type: ignore[method-assign]
+    stopped.run()
+    held_out = lines_of(tmp_path / "run")[-1]["held_out"]
+    assert held_out is not None and held_out["generation"] == 2
+    trainer(tmp_path / "whole", engine=Counting()).run()
+    trainer(tmp_path / "run", engine=Counting(), goes_on=True).run()
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
 
 
 def test_a_line_that_is_kept_for_another_generation_is_none(tmp_path: Path) -> None:
