@@ -20,6 +20,7 @@ from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.models import DEFAULT_MODEL, without_bars
 from esfast.opening import open_transformers
+from esfast.plots import require_plots
 from esfast.prior import PriorTasks
 from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance, version
@@ -96,6 +97,7 @@ def run_grpo(args: argparse.Namespace) -> int:
     args = past.args if past is not None else args
     require_trl()
     require_packages(args.log_to)
+    require_plots(args.plots)
     task = task_of(args)
     with closing(task), closing(prior_of(args)) as prior:
         return _train(args, _config(args, task), task, prior, past, clock)

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ REWARDS = {
     "grpo": ("± 1 sd within a group", "mean of completions", "best of a group, mean"),
 }
 """What spread, mean and best are of, by the command that made the run."""
+
+
+def require_plots(wanted: bool) -> None:
+    """ConfigError where plots are wanted and could not be drawn: before what they show is made."""
+    if wanted and find_spec("matplotlib") is None:
+        raise ConfigError(
+            "plots need matplotlib, which is not installed; pip install matplotlib, or leave the "
+            "plots out with --no-plots."
+        )
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -116,14 +126,10 @@ def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> N
 
     made: the line at the foot and in the metadata. Raises ConfigError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ConfigError(
-            f"plots need matplotlib ({error}); pip install matplotlib, or leave the plots out "
-            f"(esfast train --no-plots)."
-        ) from None
+    require_plots(True)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(len(panels), PANELS_IN_A_ROW)
     rows = -(-len(panels) // columns)
     size = (columns * SIZE[0], rows * SIZE[1])

@@ -18,6 +18,7 @@ from esfast.launch.workers import Workers
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.opening import Opened, open_engine
+from esfast.plots import require_plots
 from esfast.prior import PriorTasks
 from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance
@@ -93,6 +94,7 @@ def run_job(
     require_launcher(args)
     strategy_of(args)  # what it refuses, before a task starts processes
     require_packages(args.log_to)
+    require_plots(args.plots)
     task = job.task(args)
     workers = join_workers()
     try:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
-from esfast.grpo import CHECKPOINTS
+from esfast import ConfigError
+from esfast.engines.base import Sampling
+from esfast.grpo import CHECKPOINTS, GrpoConfig
 from esfast.run_folder import alone, read_json, read_lines
 
 pytest.importorskip("trl")
@@ -47,8 +49,10 @@ def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
         assert "another process writes the run" in capfd.readouterr().err
     assert run("grpo", "--resume", "run", "--generations", "2") == 0
     assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
+    before = read_json(Path("run/summary.json"))
     assert run("grpo", "--resume", "run") == 0
     again = read_json(Path("run/summary.json"))
+    assert again["cost"] == before["cost"] and again["held_out_after"] == before["held_out_after"]
     assert again["held_out_after"]["generation"] == 2 and again["generations"] == 2
     assert len(list(read_lines(Path("run/metrics.jsonl")))) == 2
     assert run("grpo", "--resume", "run", "--generations", "1") == 2
@@ -79,6 +83,30 @@ def test_without_trl_the_command_says_how_to_get_it(tmp_path, monkeypatch, capsy
     assert run("grpo") == 2
     error = capsys.readouterr().err
     assert "esfast[forgetting]" in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_checkpoints_there_is_no_folder_of_them(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("--prompts", "1", "--group-size", "2", "--eval-size", "1", "--max-new-tokens", "2")
+    flags = ("--model", str(tiny_model), "--generations", "1", "--threads", "1", "--no-plots")
+    assert run("grpo", *flags, *small, "--output", "run") == 0
+    assert not (Path("run") / CHECKPOINTS).exists()
+
+
+def test_a_group_that_no_memory_holds_is_refused():
+    with pytest.raises(ConfigError, match=r"prompts \* group_size is 8 \* 1000000000"):
+        GrpoConfig(Sampling(4, temperature=1.0), group_size=10**9)
+
+
+@pytest.mark.parametrize("command", ["train", "grpo", "fast-slow"])
+def test_plots_without_matplotlib_are_refused_before_the_run(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(command, "--model", "no/such/model") == 2
+    assert "--no-plots" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

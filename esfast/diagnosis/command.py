@@ -34,6 +34,7 @@ from esfast.forgetting.equal_norm import Difference, RandomDirection
 from esfast.forgetting.groups import GROUPS
 from esfast.forgetting.subjects import Base, Moment, Run, Subject, names_of, open_subject
 from esfast.models import model_folder
+from esfast.plots import require_plots
 from esfast.provenance import provenance
 from esfast.run_folder import require_free
 from esfast.train_flags import DTYPES, add_task_flags, natural, positive, thread_count
@@ -234,6 +235,7 @@ def run_forgetting(args: argparse.Namespace) -> int:
     """Measures, writes, prints. What can be refused is refused before a model is loaded."""
     output = Path(args.output)
     require_free(output)
+    require_plots(args.plots)
     subjects = _subjects(args)
     for subject in subjects:
         subject.generations(_words(args.at), args.every)
