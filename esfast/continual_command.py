@@ -29,18 +29,27 @@ from esfast.continual import Stage, chain_of, handed_on, plan, results
 from esfast.continual.stages import CONTINUAL, SEEDS_A_STAGE
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.loggers import require_packages
-from esfast.models import load_model
+from esfast.models import load_model, require_transformers
 from esfast.parameters import ParameterTable
+from esfast.plots import draw_run, require_plots
 from esfast.prior import PriorTasks
 from esfast.prior.evaluation import OwnTask, PriorTask, label
 from esfast.prior.scores import KINDS
 from esfast.provenance import provenance
 from esfast.resume import PastRun, flags_of, given_flags
-from esfast.run_folder import CONFIG, folder_for, read_config, read_json, require_free
+from esfast.run_folder import (
+    CONFIG,
+    PLOTS,
+    alone,
+    folder_for,
+    read_config,
+    read_json,
+    require_free,
+)
 from esfast.train_command import run_job
 from esfast.train_flags import add_train_arguments, prior_of, strategy_of, task_of
 from esfast.weights import Weights
-from esfast.whole_file import whole_file
+from esfast.whole_file import remove_leftover_files, whole_file
 
 ANCHORS = ("original", "stage")
 ONE_TASK = ("task", "data", "eval_data", "reward")
@@ -87,13 +96,24 @@ def run_continual(args: argparse.Namespace) -> int:
             "--model STAGE/model instead."
         )
     sequence = _begun(args) if args.resume is None else _taken_up(args)
+    with alone(sequence.folder):
+        return _run(sequence, new=args.resume is None)
+
+
+def _run(sequence: TaskSequence, new: bool) -> int:
+    if new:
+        _write(sequence, "running")
+    else:
+        remove_leftover_files(sequence.folder, sequence.folder / PLOTS)
     for stage in sequence.stages:
-        if not stage.finished:
-            code = _started(sequence, stage, new=args.resume is None)
-            _write(sequence, "stopped" if code else "running")
-            if code:
-                return code
-            gc.collect()  # the stage's model, before the next is loaded
+        if stage.finished:
+            _redraw(sequence, stage)
+            continue
+        code = _started(sequence, stage, new)
+        _write(sequence, "stopped" if code else "running")
+        if code:
+            return code
+        gc.collect()  # the stage's model, before the next is loaded
     _write(sequence, "finished")
     if sequence.args.plots:
         continual_plots.draw_continual(sequence.folder)
@@ -119,14 +139,16 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
     folder = folder_for(args.output, "continual")
     stages = plan(folder, sources, counts)
     sequence = TaskSequence(args, folder, stages, provenance(args.command_line))
-    strategy_of(args)
+    require_transformers()
     require_packages(args.log_to)
+    require_plots(args.plots)
     for stage in stages:
-        task_of(stage_args(sequence, stage)).close()
+        of_stage = stage_args(sequence, stage)
+        strategy_of(of_stage)
+        task_of(of_stage).close()
     _prior(sequence, stages[0]).close()
     require_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(sequence, "running")
     return sequence
 
 
@@ -166,6 +188,13 @@ def _require_chain(sequence: TaskSequence) -> None:
         )
 
 
+def _redraw(sequence: TaskSequence, stage: Stage) -> None:
+    """The pictures of a stage that was over: it may have been killed before they were drawn."""
+    remove_leftover_files(stage.folder / PLOTS)
+    if sequence.args.plots:
+        draw_run(stage.folder)
+
+
 def _started(sequence: TaskSequence, stage: Stage, new: bool) -> int:
     """`_run_stage`; a `new` sequence that is refused before any stage has a folder leaves none."""
     try:
@@ -184,8 +213,19 @@ def _run_stage(sequence: TaskSequence, stage: Stage) -> int:
     if (stage.folder / CONFIG).exists():
         past = PastRun(args, read_config(stage.folder), {})
     elif stage.folder.exists():  # killed before it had written anything
+        _require_nothing_in(stage.folder)
         shutil.rmtree(stage.folder)
     return run_job(args, past, lambda _: _prior(sequence, stage))
+
+
+def _require_nothing_in(folder: Path) -> None:
+    """DataError for a stage that wrote something and has lost the file that says what it is."""
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if there:
+        raise DataError(
+            f"{folder} holds {', '.join(there[:3])} but no {CONFIG}, so the stage cannot go on. "
+            "Put the file back, or move the folder away to train the stage again."
+        )
 
 
 def stage_args(sequence: TaskSequence, stage: Stage) -> argparse.Namespace:

@@ -39,7 +39,7 @@ def load_model(
     is no causal language model or holds NaN or infinity, EsfastError for too little memory or a hub
     out of reach.
     """
-    _require_transformers()
+    require_transformers()
     target = _device(device)
     folder = model_folder(name_or_path)
     _require_room(folder, dtype, target)
@@ -102,7 +102,8 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def _require_transformers() -> None:
+def require_transformers() -> None:
+    """EsfastError, which says what to install, where transformers is missing."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -174,7 +175,7 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder. DataError where there is none."""
-    _require_transformers()
+    require_transformers()
     with _quiet():
         return _tokenizer(folder)
 

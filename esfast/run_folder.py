@@ -31,7 +31,7 @@ from esfast.checkpoint import remove_leftovers
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.journal import JOURNAL, JournalWriter, lock
 from esfast.snapshots import SNAPSHOTS
-from esfast.whole_file import sync, whole_file
+from esfast.whole_file import remove_leftover_files, sync, whole_file
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -87,8 +87,7 @@ class RunFolder:
         self.begun = True
         (self.path / SUMMARY).unlink(missing_ok=True)
         remove_leftovers(self.model)
-        for left in [*self.path.glob(".*.tmp"), *self.snapshots.glob(".*.tmp")]:  # of killed ones
-            left.unlink(missing_ok=True)
+        remove_leftover_files(self.path, self.snapshots, self.path / PLOTS)
         self._keep_metrics(self._done if self.journal is None else self.journal.generation)
         self.write(CONFIG, self._config)
 

@@ -42,6 +42,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
+def remove_leftover_files(*folders: Path) -> None:
+    """What processes that were killed had of files that never appeared in these folders."""
+    for left in [left for folder in folders for left in folder.glob(".*.tmp")]:
+        left.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """A file's content, or a folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -325,6 +325,10 @@ REFUSED = {
         ["--tasks", "arithmetic", "--anchor", "stage"],
         "--anchor stage needs --weight-decay-type l1 or l2",
     ),
+    "a later stage's seed": (
+        ["--tasks", "arithmetic,arithmetic", "--seed", str(2**64 - 1)],
+        "seed is 18446744073710551615",
+    ),
     "a folder in use": (["--tasks", "arithmetic", "--output", "used"], "used is there already"),
     "a sequence that is not there": (["--resume", "nowhere"], "cannot read nowhere"),
     "other flags on resuming": (["--resume", "used", "--sigma", "1"], "leave out --sigma"),

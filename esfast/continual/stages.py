@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from esfast.errors import StateError
+from esfast.errors import DataError, StateError
 from esfast.journal import JOURNAL, Journal, read_journal
 from esfast.journal_format import MarkRecord
 from esfast.prior.evaluation import PRIOR, label
@@ -111,9 +111,15 @@ def _end(stage: Stage, journal: Journal) -> str:
 
 
 def scores_of(stage: Stage) -> list[PriorScore]:
-    """What was evaluated in a stage, by generation; nothing where it has not begun."""
+    """What was evaluated in a stage, by generation; nothing where it has not begun.
+
+    Raises DataError for a file that is damaged.
+    """
     path = stage.folder / PRIOR
-    found = [PriorScore.from_record(r) for r in read_lines(path)] if path.exists() else []
+    try:
+        found = [PriorScore.from_record(r) for r in read_lines(path)] if path.exists() else []
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
     return sorted(found, key=lambda score: score.generation)
 
 
