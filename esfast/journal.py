@@ -11,15 +11,15 @@ process writes at a time (flock). `export_journal` makes one compressed file of 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 from esfast.errors import ConfigError, DataError, EsfastError, StateError
@@ -40,7 +40,7 @@ from esfast.journal_format import (
     header_end,
     seal,
 )
-from esfast.whole_file import sync, whole_file
+from esfast.whole_file import lock, sync, whole_file
 
 JOURNAL = "journal.esj"  # its name in a run's folder
 EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
@@ -188,6 +188,9 @@ class JournalWriter:
         self.journal = journal
         self.header = journal.header
         self._descriptor: int | None = descriptor
+        # A notebook's cell that is run again takes up the journal that it left without a close.
+        self._release = weakref.finalize(self, os.close, descriptor)
+        self._release.atexit = False  # the process's end does it
         done = len(journal.generations)
         self._tip = _Tip(journal.chains[-1], journal.whole_bytes, done, journal.chain_at(done))
 
@@ -298,9 +301,14 @@ class JournalWriter:
 
     def close(self) -> None:
         """Gives the lock up; twice does no harm."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._descriptor = None
+        self._release()
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            f"the writer of '{self.path}' holds an open file, and cannot be copied or pickled; "
+            "continue the journal with JournalWriter.resume where it is to be written."
+        )
 
     def __enter__(self) -> JournalWriter:
         return self
@@ -375,14 +383,6 @@ def _open(path: Path, flags: int) -> int:
         raise DataError(f"there is no journal '{path}'; name the folder of a run.") from None
     except OSError as error:
         raise _unwritable(path, error) from None
-
-
-def lock(descriptor: int, what: str) -> None:
-    """Until it is closed. StateError, naming `what`, where another process has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StateError(f"another process writes {what}; wait for it or stop it first.") from None
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -29,9 +29,9 @@ from uuid import uuid4
 
 from esfast.checkpoint import remove_leftovers
 from esfast.errors import ConfigError, DataError, EsfastError
-from esfast.journal import JOURNAL, JournalWriter, lock
+from esfast.journal import JOURNAL, JournalWriter
 from esfast.snapshots import SNAPSHOTS
-from esfast.whole_file import remove_leftover_files, sync, whole_file
+from esfast.whole_file import lock, remove_leftover_files, sync, whole_file
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

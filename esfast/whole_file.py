@@ -1,15 +1,16 @@
 """A file that appears at once or not at all: a temporary one beside it, fsync, rename, fsync of the
-folder's entry."""
+folder's entry. And the lock of one that is written for as long as a run takes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from esfast.errors import EsfastError
+from esfast.errors import EsfastError, StateError
 
 
 @contextmanager
@@ -55,3 +56,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, what: str) -> None:
+    """Until it is closed. StateError, naming `what`, where another process, or another descriptor
+    of this one, has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StateError(
+            f"another process writes {what} (or this one does, elsewhere); wait for it or stop it "
+            "first."
+        ) from None
