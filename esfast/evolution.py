@@ -32,7 +32,7 @@ from esfast.member_loop import MemberLoop, Steps, forget_iterated
 from esfast.members import Member, whole
 from esfast.parameters import ParameterTable
 from esfast.strategy import Strategy, StrategyConfig
-from esfast.update import UpdateReport
+from esfast.update import Update, UpdateReport
 from esfast.weights import Weights
 
 
@@ -52,8 +52,9 @@ class EvolutionStrategy:
     model: a torch module, or a ParameterTable; memory: "lean", "shadow", "master" (the last two
     start from their copy: `es.weights.rebase()` takes what an optimizer or load_state_dict did to
     the model); anchor: for decay, by default a copy of the weights as they are now; settings:
-    StrategyConfig's fields. In a model's place an engine's `live_weights` may stand, made with a
-    memory, anchor and threads.
+    StrategyConfig's fields (a schedule sets `es.strategy.config = replace(es.config, sigma=...)`
+    between generations; within a journal sigma, alpha, shaping and decay may change). In a model's
+    place an engine's `live_weights` may stand, made with a memory, anchor and threads.
     """
 
     def __init__(
@@ -68,6 +69,11 @@ class EvolutionStrategy:
     ) -> None:
         if config is not None and settings:
             raise TypeError(f"give a config or settings, not both (got {', '.join(settings)})")
+        if not isinstance(config, (StrategyConfig, type(None))):
+            raise ConfigError(
+                f"config is {config!r}; give a StrategyConfig, or its fields by name, such as "
+                "sigma=1e-3."
+            )
         self.strategy = Strategy(config or StrategyConfig(**settings))
         self.weights = self._live(model, memory, anchor, threads)
         self.generation = 0
@@ -111,6 +117,7 @@ class EvolutionStrategy:
 
     def _members(self, dealt: Iterable[int] | None) -> Steps:
         forget_iterated(sys._getframe(1))
+        self._require_anchor()  # before a generation is evaluated for nothing
         self._loop = loop = object()  # a loop that is collected late must leave a newer one alone
         generation = self.generation
         try:
@@ -163,7 +170,7 @@ class EvolutionStrategy:
         """What `step` would do with these rewards, as scalars; changes nothing."""
         coefficients = self.strategy.coefficients(rewards, nan)
         _, terms = merged(self.strategy.members(self.generation), coefficients)
-        return GenerationRecord(
+        record = GenerationRecord(
             generation=self.generation,
             sigma=self.config.sigma,
             alpha=self.config.alpha,
@@ -173,6 +180,21 @@ class EvolutionStrategy:
             failed=failed,
             checksum=self._due_checksum(),
         )
+        self._require_applicable(record)
+        return record
+
+    def _require_applicable(self, record: GenerationRecord) -> None:
+        """What `apply` or a replay would refuse must not get into a journal."""
+        terms = record.terms(self.config)
+        Update(terms, record.coefficients, record.decay, record.alpha, self.config.rounding)
+        self._require_anchor()
+        if self.journal is not None:
+            _require_header(self.journal.header.config, self.config)
+
+    def _require_anchor(self) -> None:
+        weights = self.weights
+        if self.config.decay is not None and isinstance(weights, Weights):
+            weights.require_anchor()
 
     def _due_checksum(self) -> str | None:
         every = self.journal.header.checksum_every if self.journal is not None else 0
@@ -202,6 +224,17 @@ class EvolutionStrategy:
             self.generation += 1
             interrupts.rest()
         return report
+
+
+def _require_header(header: StrategyConfig, now: StrategyConfig) -> None:
+    """StateError where the settings that a record leaves to its journal's header are others now."""
+    for name in ("population_size", "seed", "noise", "antithetic", "rounding"):
+        was, given = getattr(header, name), getattr(now, name)
+        if was != given:
+            raise StateError(
+                f"{name} is {given!r}, and the journal was begun with {was!r}: a replay would make "
+                "other weights. Only sigma, alpha, shaping and decay can change within a journal."
+            )
 
 
 def _member_of(members: list[Member], number: int) -> Member:

@@ -189,11 +189,8 @@ class Weights(LiveWeights):
     def apply(self, update: Update) -> UpdateReport:
         """`update` with its arguments as one value."""
         number, strength = update.pull()
-        if number and self.anchor is None:
-            raise StateError(
-                "decay has no anchor to pull to; make the weights with "
-                "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
-            )
+        if number:
+            self.require_anchor()
         with self._turn:
             self.table.check_in_place()
             self.restore()
@@ -211,6 +208,14 @@ class Weights(LiveWeights):
             if number and self.anchor is not None:
                 self.anchor.release()
         return UpdateReport(saturated)
+
+    def require_anchor(self) -> None:
+        """StateError where there is none for decay."""
+        if self.anchor is None:
+            raise StateError(
+                "decay has no anchor to pull to; make the weights with "
+                "Weights(table, anchor=Anchor.in_memory(table)), or Anchor.from_safetensors."
+            )
 
     def checksum(self) -> str:
         """16 hex digits of the live bits: equal iff the bits are, on any target and layout.

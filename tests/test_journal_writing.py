@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import resource
 import sys
 from dataclasses import replace
@@ -10,11 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from journals import HEADER, WHOLE, generation, same, written
 
-from esfast import ConfigError, DataError, EsfastError, StateError
+from esfast import (
+    AnchoredDecay,
+    ConfigError,
+    DataError,
+    EsfastError,
+    EvolutionStrategy,
+    ParameterTable,
+    StateError,
+)
 from esfast.journal import JournalWriter, export_journal, read_journal
 from esfast.journal_format import MarkRecord, SegmentRecord
+from esfast.replay import keep_journal
 
 
 def test_a_journal_is_made_once(tmp_path):
@@ -178,3 +190,51 @@ def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_said(tmp_path):
     with pytest.raises(EsfastError, match="no such folder"):
         JournalWriter.create(tmp_path / "nowhere" / "j", HEADER)
+
+
+def kept(path: Path, **settings: object) -> EvolutionStrategy:
+    table = ParameterTable.from_tensors({"w": torch.ones(9)})
+    es = EvolutionStrategy(table, **{"population_size": 4, "alpha": 0.1, **settings})
+    keep_journal(es, path)
+    return es
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 5}, {"noise": "rademacher"}, {"rounding": "nearest"}, {"population_size": 6}],
+    ids=str,
+)
+def test_what_a_replay_would_not_know_is_not_written(tmp_path, changed):
+    es = kept(tmp_path / "j")
+    es.strategy.config = replace(es.config, sigma=0.5, alpha=0.2)  # a schedule, and recorded
+    es.step(range(4))
+    es.strategy.config = replace(es.config, **changed)
+    before = es.weights.checksum()
+    with pytest.raises(StateError, match=f"{next(iter(changed))} is .* the journal was begun with"):
+        es.step(range(es.config.population_size))
+    assert (es.weights.checksum(), es.generation, es.journal.generation) == (before, 1, 1)
+    es.journal.close()
+    assert kept(tmp_path / "j").weights.checksum() == before
+
+
+def test_an_update_that_would_be_refused_is_not_written(tmp_path):
+    """Each coefficient is a finite fp32 number, but not their sum: no replay would get past it."""
+    es = kept(tmp_path / "j", shaping="raw", alpha=1.0)
+    with pytest.raises(ConfigError, match="add up to"):
+        es.step([8e38, 8e38, -8e38, 8e38])
+    es.strategy.config = replace(es.config, decay=AnchoredDecay("l2", 0.5))
+    with pytest.raises(StateError, match="no anchor"):
+        es.step(range(4))
+    assert (es.generation, es.journal.generation) == (0, 0)
+
+
+def test_a_writer_that_nobody_has_gives_its_lock_up(tmp_path):
+    for number in range(3):  # as a notebook's cell that is run again
+        es = kept(tmp_path / "j")
+        assert es.generation == number
+        es.step(range(4))
+        del es
+    writer = JournalWriter.resume(tmp_path / "j")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(StateError, match="cannot be copied or pickled"):
+            copied(writer)

@@ -177,6 +177,18 @@ def test_a_number_of_threads_is_checked(threads: object) -> None:
         Weights(table_of(torch.zeros(3)), threads=threads)  # type: ignore[arg-type]
 
 
+def test_a_config_is_one() -> None:
+    for config in (1e-3, {}, {"sigma": 1e-3}):
+        with pytest.raises(ConfigError, match="give a StrategyConfig"):
+            EvolutionStrategy(table_of(torch.zeros(3)), config)  # type: ignore[arg-type]
+
+
+def test_decay_wants_an_anchor_before_anything_is_evaluated() -> None:
+    es = EvolutionStrategy(Weights(table_of(torch.zeros(3))), decay=AnchoredDecay("l2", 10.0))
+    with pytest.raises(StateError, match="no anchor"):
+        list(es.population())
+
+
 def test_an_anchor_is_one() -> None:
     with pytest.raises(ConfigError, match="in_memory"):
         Weights(table_of(torch.zeros(3)), anchor="folder")  # type: ignore[arg-type]

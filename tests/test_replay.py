@@ -197,7 +197,7 @@ def test_what_cannot_be_written_moves_nothing(tmp_path):
     with keep_journal(es, tmp_path / "j"):
         with pytest.raises(DataError):
             es.step([1.0, 2.0])
-        with pytest.raises((StateError, ConfigError), match="not finite"):
+        with pytest.raises((StateError, ConfigError), match="not a finite"):
             EvolutionStrategy.step(_overflowing(es), np.arange(6.0) * 1e300)
         assert_tensors(model, before)
     assert read_journal(tmp_path / "j").generations == ()
