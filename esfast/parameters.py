@@ -146,6 +146,11 @@ class ParameterTable:
         exclude=["*.embed_tokens.*"] drops. `requires_grad` is not looked at: nothing here has
         gradients, and inference code clears it on every weight.
         """
+        if not isinstance(module, torch.nn.Module):
+            raise ParameterError(
+                f"a {type(module).__name__} was given; give a torch module, or tensors by name to "
+                "ParameterTable.from_tensors."
+            )
         _require_patterns("include", include)
         _require_patterns("exclude", exclude)
         stored = stored_tensors(module).items()

@@ -27,7 +27,7 @@ from esfast.device_table import make_records, make_table
 from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
 from esfast.journal_format import TensorSpec
 from esfast.live_weights import LiveWeights, MemoryUse
-from esfast.members import Member, require_member
+from esfast.members import Member, require_member, whole
 from esfast.parameters import ParameterTable
 from esfast.resources import available_memory, readable, usable_cores
 from esfast.strategy import real
@@ -54,13 +54,17 @@ def _scale(sign: int, sigma: float) -> float:
     return sign * value  # the core rounds it to fp32
 
 
-def _check_threads(threads: int | None) -> None:
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return usable_cores()
+    number = whole(threads)
     # More than a machine has cores wins nothing; a million fails where threads are started.
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+    if number is None or not 1 <= number <= MOST_THREADS:
         raise ConfigError(
             f"threads is {threads!r}; it is a whole number from 1 to {MOST_THREADS}, or None for "
             "all cores."
         )
+    return number
 
 
 class Weights(LiveWeights):
@@ -81,7 +85,7 @@ class Weights(LiveWeights):
     ) -> None:
         if memory not in MEMORIES:
             raise ConfigError(f"memory {memory!r} is unknown; choose one of {', '.join(MEMORIES)}.")
-        _check_threads(threads)
+        number = _checked_threads(threads)
         if not isinstance(table, ParameterTable):
             raise ConfigError(
                 f"Weights got a {type(table).__name__}; give a ParameterTable, made by from_module "
@@ -95,7 +99,7 @@ class Weights(LiveWeights):
         self.table = table
         self.memory = memory
         self.anchor = anchor
-        self.threads = threads or usable_cores()
+        self.threads = number
         self._records = make_records(table.device)
         self._perturbed = False
         self._turn = threading.RLock()
@@ -155,7 +159,7 @@ class Weights(LiveWeights):
         """
         scale = _scale(require_member(member).sign, sigma)
         with self._turn:
-            self.table.check_in_place()
+            self._require_in_place()
             torch.clear_autocast_cache()  # of fp32 weights cast as they are now
             if self.memory == "lean":
                 self._exchange(member, scale)
@@ -172,19 +176,39 @@ class Weights(LiveWeights):
             self.restore()
             raise
 
+    def _require_in_place(self) -> None:
+        try:
+            self.table.check_in_place()
+        except StateError:
+            self.restore()  # which says it where the model was moved with a member
+            raise
+
     def restore(self) -> None:
         """Puts back the bits from before `perturb`; does nothing where no member is applied.
 
-        StateError where a tensor's memory was given up meanwhile.
+        StateError where a tensor's memory was given up meanwhile, or where the model was moved or
+        cast under the member and so keeps it.
         """
         with self._turn:
             self.table.check_memory()
             torch.clear_autocast_cache()
+            applied = self.perturbed
             if self.memory == "lean":
                 self._core.restore(self._records, self.threads)
             elif self._perturbed:
                 self._core.refresh(self.threads)
                 self._perturbed = False
+            if applied:
+                self._require_not_taken_away()
+
+    def _require_not_taken_away(self) -> None:
+        try:
+            self.table.check_in_place()
+        except StateError as error:
+            raise StateError(
+                f"{error} That was done under a member: what was moved holds the member's weights. "
+                "Load the model's weights again first."
+            ) from None
 
     def apply(self, update: Update) -> UpdateReport:
         """`update` with its arguments as one value."""
@@ -192,7 +216,7 @@ class Weights(LiveWeights):
         if number:
             self.require_anchor()
         with self._turn:
-            self.table.check_in_place()
+            self._require_in_place()
             self.restore()
             core = self._streamed if number and self._streamed is not None else self._core
             saturated = core.update(
@@ -221,10 +245,11 @@ class Weights(LiveWeights):
         """16 hex digits of the live bits: equal iff the bits are, on any target and layout.
 
         A sum modulo 2^64 over elements, so that the checksums of shards add up to the whole's;
-        segments that are not `counted` (another worker's are) stay out of it.
+        segments that are not `counted` (another worker's are) stay out of it. StateError where the
+        model was moved or cast since the table was made.
         """
         with self._turn:
-            self.table.check_memory()
+            self.table.check_in_place()
             return f"{self._counted.checksum(self.threads):016x}"
 
     def __reduce__(self) -> NoReturn:
@@ -249,8 +274,9 @@ class Weights(LiveWeights):
     def state(self) -> list[torch.Tensor]:
         """What updates start from, a tensor a segment: fp32 bases ("master"), or the live weights.
 
-        Not copies: read them before the next call.
+        Not copies: read them before the next call. StateError as of `checksum`.
         """
+        self._require_in_place()
         self.restore()
         if self.memory == "master":
             return list(self._bases)

@@ -99,6 +99,52 @@ def test_load_state_dict_that_assigns_is_noticed() -> None:
         weights.perturb(Member(1), 0.1)
 
 
+MOVES: dict[str, Callable[[torch.nn.Linear], object]] = {
+    "cast": lambda model: model.half().float(),
+    "assigned": lambda model: model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    ),
+    "data": lambda model: setattr(model.weight, "data", model.weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow"])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_model_moved_under_a_member_is_said_to_keep_it(move: str, memory: str) -> None:
+    def moved(weights: Weights) -> None:
+        weights.perturb(Member(1), 0.1)
+        MOVES[move](model)
+
+    for call in (
+        Weights.restore,
+        Weights.state,
+        lambda weights: weights.perturb(Member(2), 0.1),
+        lambda weights: weights.update([Member(2)], [0.1]),
+    ):
+        model = torch.nn.Linear(4, 4)
+        weights = Weights(ParameterTable.from_module(model), memory)
+        moved(weights)
+        with pytest.raises(StateError, match="holds the member's weights"):
+            call(weights)
+        weights.restore()  # there is nothing left to restore
+    model = torch.nn.Linear(4, 4)
+    es = EvolutionStrategy(model, population_size=2)
+    with pytest.raises(StateError, match="holds the member's weights"):
+        for number, _ in enumerate(es.population()):
+            if number == 1:
+                MOVES[move](model)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_weights_that_nobody_reads_have_no_checksum_or_state(move: str) -> None:
+    model = torch.nn.Linear(4, 4)
+    weights = Weights(ParameterTable.from_module(model))
+    MOVES[move](model)
+    for call in (weights.checksum, weights.state):
+        with pytest.raises(StateError, match="moved or cast"):
+            call()
+
+
 def test_a_copied_table_is_of_the_copied_tensors() -> None:
     tensor = torch.randn(6, 4)
     table = table_of(tensor.t())
@@ -171,7 +217,7 @@ def test_a_look_at_the_memory_waits_for_its_turn() -> None:
     assert torch.equal(tensor, before)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, 10**9, "2"])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, 10**9, "2", True])
 def test_a_number_of_threads_is_checked(threads: object) -> None:
     with pytest.raises(ConfigError, match="threads is"):
         Weights(table_of(torch.zeros(3)), threads=threads)  # type: ignore[arg-type]
@@ -205,6 +251,7 @@ def test_a_member_is_of_whole_numbers(field: str, value: object) -> None:
 def test_numbers_of_numpy_are_numbers() -> None:
     member = Member(np.uint64(5), np.int8(-1), "gaussian", np.int64(3))  # type: ignore[arg-type]
     assert member == Member(5, -1, "gaussian", 3)
+    assert Weights(table_of(torch.zeros(3)), threads=np.int64(2)).threads == 2  # type: ignore[arg-type]
     config = StrategyConfig(np.float32(0.5), np.float64(0.25), np.int64(4), np.uint64(9))  # type: ignore[arg-type]
     assert json.dumps(dataclasses.asdict(config)) == json.dumps(
         dataclasses.asdict(StrategyConfig(0.5, 0.25, 4, 9))

@@ -307,6 +307,7 @@ def test_what_is_no_model_is_refused() -> None:
     for make, said in (
         (lambda: EvolutionStrategy({"w": torch.ones(2)}), "got a dict; give a torch module"),  # type: ignore[arg-type]
         (lambda: Weights(torch.nn.Linear(2, 2)), "got a Linear; give a ParameterTable"),  # type: ignore[arg-type]
+        (lambda: ParameterTable.from_module({"w": torch.ones(2)}), "a dict was given"),  # type: ignore[arg-type]
         (lambda: ParameterTable.from_module(torch.nn.LazyLinear(3)), "has no shape yet"),
     ):
         with pytest.raises(EsfastError, match=said):
