@@ -235,6 +235,11 @@ def _require_header(header: StrategyConfig, now: StrategyConfig) -> None:
                 f"{name} is {given!r}, and the journal was begun with {was!r}: a replay would make "
                 "other weights. Only sigma, alpha, shaping and decay can change within a journal."
             )
+    if header.decay is None and now.decay is not None:
+        raise StateError(
+            f"decay is {now.decay!r}, and the journal was begun without, so it names no anchor for "
+            "a replay. Begin it with decay, if of weight 0."
+        )
 
 
 def _member_of(members: list[Member], number: int) -> Member:

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import resource
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from journals import HEADER, WHOLE, generation, same, written
 
 from esfast import (
+    Anchor,
     AnchoredDecay,
     ConfigError,
     DataError,
@@ -23,6 +25,7 @@ from esfast import (
     EvolutionStrategy,
     ParameterTable,
     StateError,
+    Weights,
 )
 from esfast.journal import JournalWriter, export_journal, read_journal
 from esfast.journal_format import MarkRecord, SegmentRecord
@@ -222,10 +225,39 @@ def test_an_update_that_would_be_refused_is_not_written(tmp_path):
     es = kept(tmp_path / "j", shaping="raw", alpha=1.0)
     with pytest.raises(ConfigError, match="add up to"):
         es.step([8e38, 8e38, -8e38, 8e38])
+    assert (es.generation, es.journal.generation) == (0, 0)
+
+
+def test_decay_that_a_journal_has_no_anchor_for_is_not_written(tmp_path):
+    es = kept(tmp_path / "j")
     es.strategy.config = replace(es.config, decay=AnchoredDecay("l2", 0.5))
     with pytest.raises(StateError, match="no anchor"):
         es.step(range(4))
+    es.weights = Weights(es.weights.table, anchor=Anchor.in_memory(es.weights.table))
+    with pytest.raises(StateError, match="names no anchor"):
+        es.step(range(4))
     assert (es.generation, es.journal.generation) == (0, 0)
+    es = kept(tmp_path / "k", decay=AnchoredDecay("l2", 0.0))
+    es.strategy.config = replace(es.config, decay=AnchoredDecay("l1", 0.5))
+    es.step(range(4))
+    es.journal.close()
+    again = kept(tmp_path / "k", decay=AnchoredDecay("l2", 0.0))
+    assert again.weights.checksum() == es.weights.checksum()
+
+
+SCRIPT = """
+import sys, torch, esfast
+es = esfast.EvolutionStrategy(torch.nn.Linear(2, 2), population_size=4)
+esfast.keep_journal(es, sys.argv[1])
+es.step(range(4))
+"""
+
+
+def test_a_script_that_ends_with_its_journal_open_says_nothing(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "j")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(read_journal(tmp_path / "j").generations) == 1
 
 
 def test_a_writer_that_nobody_has_gives_its_lock_up(tmp_path):
