@@ -96,6 +96,17 @@ def _require_patterns(what: str, given: object) -> None:
         )
 
 
+def _require_matches(what: str, patterns: Collection[str] | None, names: Collection[str]) -> None:
+    """A mistyped pattern would leave a tensor out, or in, without a word."""
+    for pattern in (patterns or ()) if names else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ParameterError(
+                f"{what}={pattern!r} matches none of the {len(names)} tensors, such as "
+                f"{sorted(names)[:3]}. Mend it or leave it out: patterns are of whole names, such "
+                "as '*.mlp.*', and tied weights have one name."
+            )
+
+
 class ParameterTable:
     """Every segment that an ES run edits, checked once.
 
@@ -143,7 +154,8 @@ class ParameterTable:
 
         Names and shapes are the checkpoint's (`esfast.stored_names`): the experts that transformers
         holds in one tensor are many here. include=["*.mlp.*"] keeps only what matches;
-        exclude=["*.embed_tokens.*"] drops. `requires_grad` is not looked at: nothing here has
+        exclude=["*.embed_tokens.*"] drops; a pattern that matches nothing is a ParameterError.
+        `requires_grad` is not looked at: nothing here has
         gradients, and inference code clears it on every weight.
         """
         if not isinstance(module, torch.nn.Module):
@@ -153,9 +165,11 @@ class ParameterTable:
             )
         _require_patterns("include", include)
         _require_patterns("exclude", exclude)
-        stored = stored_tensors(module).items()
+        stored = stored_tensors(module)
+        _require_matches("include", include, stored)
+        _require_matches("exclude", exclude, stored)
         table = cls.from_tensors(
-            require_live({n: t for n, t in stored if _selected(n, include, exclude)})
+            require_live({n: t for n, t in stored.items() if _selected(n, include, exclude)})
         )
         table._held.hold_module(module)
         return table

@@ -82,7 +82,14 @@ def test_include_and_exclude() -> None:
     rest = ParameterTable.from_module(model, exclude=["norm.*"])
     assert list(rest.names) == ["embed.weight"]
     with pytest.raises(EsfastError, match="table is empty"):
-        ParameterTable.from_module(model, include=["nothing.*"])
+        ParameterTable.from_module(model, exclude=["*"])
+
+
+def test_a_pattern_that_matches_nothing_is_said() -> None:
+    """exclude=["embed"] would edit the embedding, ["head.weight"] what the head is tied to."""
+    for options in ({"exclude": ["norm.*", "embed"]}, {"include": ["norm.*", "head.weight"]}):
+        with pytest.raises(ParameterError, match="matches none of the 3 tensors"):
+            ParameterTable.from_module(Tied(), **options)
 
 
 @pytest.mark.parametrize("what", ["include", "exclude"])
