@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import byte_tokenizer, gpt2, llama, mistral
@@ -298,11 +299,16 @@ class TestErrors:
          ({"temperature": 1e308}, "temperature is 1e[+]308; expected 0 .greedy., or 1e-06 to 1000"),
          ({"temperature": 1e-45}, "temperature is 1e-45"), ({"max_new_tokens": 2.5}, "2.5"),
          ({"max_new_tokens": 2**31}, "at most 2147483647"), ({"top_p": 0}, "top_p"),
-         ({"top_p": 1.5}, "top_p"), ({"stop": "text"}, "tuple"), ({"stop": ("",)}, "non-empty")],
+         ({"top_p": 1.5}, "top_p"), ({"stop": "text"}, "tuple"), ({"stop": ("",)}, "non-empty"),
+         ({"stop": (3,)}, "non-empty"), ({"stop": None}, "tuple"), ({"seed": 1.5}, "seed is 1.5"),
+         ({"seed": None}, "seed is None"), ({"seed": "1"}, "seed is '1'")],
     )  # fmt: skip
     def test_sampling(self, changes: dict[str, Any], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             Sampling(**{"max_new_tokens": 5, **changes})
+
+    def test_a_seed_may_be_numpys(self) -> None:
+        assert type(Sampling(5, seed=np.int64(3)).seed) is int  # type: ignore[arg-type]
 
 
 def test_it_is_an_engine(model: Any, tokenizer: Any) -> None:

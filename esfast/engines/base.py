@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from esfast.bounds import require_between, require_whole
 from esfast.errors import ConfigError
+from esfast.members import whole
 from esfast.strategy import real
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ class Sampling:
         top_p = real(self.top_p)
         if top_p is None or not 0.0 < top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p!r}; expected more than 0 and at most 1.")
-        if isinstance(self.stop, str) or any(not text for text in self.stop):
+        seed = whole(self.seed)
+        if seed is None:
+            raise ConfigError(f"seed is {self.seed!r}; expected a whole number.")
+        object.__setattr__(self, "seed", seed)  # a numpy integer overflows where it is derived from
+        texts = self.stop if isinstance(self.stop, (tuple, list)) else (None,)
+        if not all(isinstance(text, str) and text for text in texts):
             raise ConfigError(
                 f"stop is {self.stop!r}; expected a tuple of non-empty texts, such as ('\\n',)."
             )
