@@ -43,8 +43,8 @@ def header_of(
 ) -> JournalHeader:
     """The header of a journal that starts from `es` as it is now, at generation 0.
 
-    run: JSON of the run's own (a resumed run compares it); checksum_every: generations. ConfigError
-    where they are not.
+    run: JSON of the run's own, for its readers; checksum_every: generations. ConfigError where they
+    are not.
     """
     every = whole(checksum_every)
     if every is None or every < 1:
@@ -253,9 +253,9 @@ def keep_journal(
     """From now on every `es.step` is on disk before the weights move.
 
     Where `path` holds a journal, the run goes on from its end: `es` must be as it was made at the
-    start (same model, same settings), and is brought there to the bit. Raises ConfigError for
-    settings that differ, DataError for another model or a damaged journal, StateError where another
-    process writes it.
+    start (same model, same settings), and is brought there to the bit; the journal's own
+    checksum_every stays. Raises ConfigError for settings that differ, DataError for another model
+    or a damaged journal, StateError where another process writes it.
     """
     _require_json(run)
     if not journal_path(path).exists():
