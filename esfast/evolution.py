@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from esfast.anchor import Anchor
-from esfast.errors import ConfigError, StateError
+from esfast.errors import ConfigError, DataError, StateError
 from esfast.interrupts import Interrupts
 from esfast.journal import JournalWriter
 from esfast.journal_format import GenerationRecord, merged
@@ -168,6 +168,9 @@ class EvolutionStrategy:
 
     def decide(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> GenerationRecord:
         """What `step` would do with these rewards, as scalars; changes nothing."""
+        count = whole(failed)
+        if count is None or not 0 <= count < 2**32:
+            raise DataError(f"failed is {failed!r}; expected how many rewards failed, 0 or more.")
         coefficients = self.strategy.coefficients(rewards, nan)
         _, terms = merged(self.strategy.members(self.generation), coefficients)
         record = GenerationRecord(
@@ -177,7 +180,7 @@ class EvolutionStrategy:
             decay=self.config.decay,
             coefficients=terms,
             rewards=np.array(rewards, dtype=np.float64),
-            failed=failed,
+            failed=count,
             checksum=self._due_checksum(),
         )
         self._require_applicable(record)

@@ -120,6 +120,8 @@ def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0)
     given = shape if isinstance(shape, Sequence) else (shape,)
     dimensions, start = [whole(n) for n in given], whole(first)
     sizes = [n for n in dimensions if n is not None and n >= 0]
+    if not isinstance(name, str):
+        raise ConfigError(f"noise was asked for tensor {name!r}; give its canonical name.")
     known = len(sizes) == len(dimensions) and start is not None and 0 <= start < 2**64
     if start is None or not known or start + math.prod(sizes) > 2**64:
         raise ConfigError(

@@ -34,8 +34,11 @@ def _worst_for_nan(values: np.ndarray) -> np.ndarray:
 
 
 def as_rewards(rewards: ArrayLike) -> np.ndarray:
-    """The rewards as float64. DataError where they are not numbers in a regular array."""
+    """The rewards as float64, masked ones NaN. DataError where they are no regular array of
+    numbers."""
     try:
+        if isinstance(rewards, np.ma.MaskedArray):
+            rewards = np.ma.filled(rewards.astype(np.float64), np.nan)
         given = np.asarray(rewards)
         if given.dtype.kind not in "biufO":
             raise TypeError(f"numpy calls them {given.dtype}")

@@ -286,6 +286,11 @@ class Weights(LiveWeights):
         """Takes another run's `state`, in the same order, shapes and dtypes; bits are kept."""
         with self._turn:
             own = self.state()
+            if not all(isinstance(tensor, torch.Tensor) for tensor in state):
+                raise ParameterError(
+                    f"the state is a {type(state).__name__} of more than tensors; give the list "
+                    "that `state` returns (of a dict its values, in the table's order)."
+                )
             if [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in own]:
                 raise ParameterError(
                     f"a state of {len(state)} tensors does not fit this table of {len(own)} "

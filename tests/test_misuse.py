@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import esfast
 from esfast import Anchor, AnchoredDecay, EvolutionStrategy, Member, ParameterTable, Weights
 from esfast.errors import ConfigError, DataError, ParameterError, StateError
 from esfast.strategy import StrategyConfig
@@ -295,3 +296,31 @@ def test_rewards_that_are_no_numbers_change_nothing(rewards: object) -> None:
     with pytest.raises(DataError, match=r"are not numbers .*reward\.item\(\)"):
         es.step(rewards)  # type: ignore[arg-type]
     assert (es.weights.checksum(), es.generation) == (before, 0)
+
+
+def test_a_masked_reward_is_none() -> None:
+    es = EvolutionStrategy(table_of(torch.randn(5)), population_size=3)
+    masked = np.ma.array([3, 1, 2], mask=[True, False, False])
+    with pytest.raises(DataError, match=r"1 of 3 rewards .* is nan at \[0\]"):
+        es.step(masked)
+    told = es.decide(masked, nan="worst").coefficients.tolist()
+    assert told == es.decide([1.0, 1.0, 2.0]).coefficients.tolist()
+
+
+@pytest.mark.parametrize("failed", [-1, 1.5, 2**32, "1"])
+def test_a_count_of_failures_is_one(failed: object) -> None:
+    es = EvolutionStrategy(table_of(torch.randn(5)), population_size=2)
+    with pytest.raises(DataError, match="failed is"):
+        es.step([1.0, 2.0], failed=failed)  # type: ignore[arg-type]
+    assert es.generation == 0
+
+
+def test_a_state_is_tensors_in_a_list() -> None:
+    weights = Weights(table_of(torch.randn(5)))
+    with pytest.raises(ParameterError, match=r"is a dict .*in the table's order"):
+        weights.load_state({"w": torch.zeros(5)})  # type: ignore[arg-type]
+
+
+def test_noise_is_of_a_name() -> None:
+    with pytest.raises(ConfigError, match="tensor 5; give its canonical name"):
+        esfast.noise(Member(1), 5, (2,))  # type: ignore[arg-type]
