@@ -155,8 +155,8 @@ class ParameterTable:
         Names and shapes are the checkpoint's (`esfast.stored_names`): the experts that transformers
         holds in one tensor are many here. include=["*.mlp.*"] keeps only what matches;
         exclude=["*.embed_tokens.*"] drops; a pattern that matches nothing is a ParameterError.
-        `requires_grad` is not looked at: nothing here has
-        gradients, and inference code clears it on every weight.
+        `requires_grad` is not looked at: nothing here has gradients, and inference code clears it
+        on every weight.
         """
         if not isinstance(module, torch.nn.Module):
             raise ParameterError(

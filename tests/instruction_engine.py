@@ -59,6 +59,15 @@ class InstructionEngine:
         pass
 
 
+class Stubborn(InstructionEngine):
+    """Every "!" does harm: the first instruction stays the best."""
+
+    def _answer(self, prompt):
+        if "new instruction" in prompt:
+            return super()._answer(prompt)
+        return f"{float(super()._answer(prompt.replace('!', ''))) - prompt.count('!'):.9g}"
+
+
 def make_trainer(
     path: Path, engine: Any = None, goes_on: bool = False, task: Any = None, **settings: Any
 ) -> FastSlowTrainer:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from instruction_engine import InstructionEngine, make_trainer
+from instruction_engine import InstructionEngine, Stubborn, make_trainer
 from number_engine import interrupt_at
 
 from esfast import DataError
@@ -64,8 +64,8 @@ def killed(trainer: FastSlowTrainer, monkeypatch) -> None:
         trainer.run()
 
 
-def require_the_same(folder: Path, whole: FastSlowTrainer) -> None:
-    again = make_trainer(folder, goes_on=True)
+def require_the_same(folder: Path, whole: FastSlowTrainer, engine: Any = None) -> None:
+    again = make_trainer(folder, engine, goes_on=True)
     assert again.run().status == "finished"
     assert trail(folder) == trail(whole.folder.path)
     assert torch.equal(again.engine.weights, whole.engine.weights)
@@ -99,6 +99,22 @@ def test_ctrl_c_in_a_search_leaves_a_run_that_goes_on(tmp_path, whole):
     seconds = read_json(tmp_path / "run" / "summary.json")["seconds"]
     assert seconds["prompt search"] > 0.1 > seconds["records"], "nor is its time lost in another's"
     require_the_same(tmp_path / "run", whole)
+
+
+def test_answers_under_a_first_instruction_that_stays_the_best_count_once(tmp_path, monkeypatch):
+    """The end of the cycle before counted them; a run that goes on there makes them again."""
+    whole = make_trainer(tmp_path / "whole", Stubborn())
+    whole.run()
+    assert [cycle.prompts[0] for cycle in whole.cycles] == ["Count."] * 2
+    searching = [call for call, (prompts, _) in enumerate(whole.engine.seen) if len(prompts) == 3]
+
+    def end(now: int) -> None:
+        if now == searching[-1]:
+            raise Killed
+
+    killed(make_trainer(tmp_path / "run", Stubborn(end)), monkeypatch)
+    assert len(read_cycles(tmp_path / "run")) == 1
+    require_the_same(tmp_path / "run", whole, Stubborn())
 
 
 @pytest.mark.parametrize("after", [False, True])
