@@ -74,10 +74,11 @@ def _anchor(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def _require_no_vllm_flags(args: argparse.Namespace) -> None:
-    if args.engine_option or args.tensor_parallel_size != 1:
+    others = args.tensor_parallel_size != 1 or args.gpu_memory_utilization is not None
+    if args.engine_option or others:
         raise ConfigError(
-            "--engine-option and --tensor-parallel-size are settings of vLLM: give --engine vllm, "
-            "or leave them out."
+            "--engine-option, --tensor-parallel-size and --gpu-memory-utilization are settings of "
+            "vLLM: give --engine vllm, or leave them out."
         )
 
 

@@ -179,7 +179,9 @@ def test_a_number_of_threads_that_none_has(
     assert "from 1 to 1024" in refused(capsys, *command.split(), "--threads", threads)
 
 
-@pytest.mark.parametrize("flag", ["--engine-option=a=b", "--tensor-parallel-size=2"])
+@pytest.mark.parametrize(
+    "flag", ["--engine-option=a=b", "--tensor-parallel-size=2", "--gpu-memory-utilization=0.5"]
+)
 def test_a_flag_of_vllm_without_vllm(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
