@@ -31,6 +31,7 @@ from esfast.live_weights import LiveWeights
 from esfast.member_loop import MemberLoop, Steps, forget_iterated
 from esfast.members import Member, whole
 from esfast.parameters import ParameterTable
+from esfast.shaping import as_rewards
 from esfast.strategy import Strategy, StrategyConfig
 from esfast.update import Update, UpdateReport
 from esfast.weights import Weights
@@ -179,7 +180,7 @@ class EvolutionStrategy:
             alpha=self.config.alpha,
             decay=self.config.decay,
             coefficients=terms,
-            rewards=np.array(rewards, dtype=np.float64),
+            rewards=as_rewards(rewards),
             failed=count,
             checksum=self._due_checksum(),
         )

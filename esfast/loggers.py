@@ -85,7 +85,7 @@ def still_logging(
     loggers: Sequence[Logger], act: Callable[[Logger], None], tell: Callable[[str], object]
 ) -> list[Logger]:
     """Those that could do it. One that raises is told of and used no more: what it shows is in
-    metrics.jsonl too, and no run ends for it."""
+    the run's own files too, and no run ends for it."""
     kept = []
     for logger in loggers:
         try:

@@ -127,9 +127,11 @@ def picture(path: Path, panels: Sequence[Callable[[Any], None]], made: str) -> N
     made: the line at the foot and in the metadata. Raises ConfigError without matplotlib.
     """
     require_plots(True)
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ConfigError(f"matplotlib is there and cannot be loaded: {error}.") from None
     columns = min(len(panels), PANELS_IN_A_ROW)
     rows = -(-len(panels) // columns)
     size = (columns * SIZE[0], rows * SIZE[1])

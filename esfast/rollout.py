@@ -36,7 +36,7 @@ class TrainConfig:
 
     strategy: StrategyConfig
     sampling: Sampling
-    generations: int = 10
+    generations: int = 7
     prompts: int = 64
     fixed_prompts: bool = False
     eval_every: int = 5

@@ -303,8 +303,9 @@ def test_a_masked_reward_is_none() -> None:
     masked = np.ma.array([3, 1, 2], mask=[True, False, False])
     with pytest.raises(DataError, match=r"1 of 3 rewards .* is nan at \[0\]"):
         es.step(masked)
-    told = es.decide(masked, nan="worst").coefficients.tolist()
-    assert told == es.decide([1.0, 1.0, 2.0]).coefficients.tolist()
+    decided, want = es.decide(masked, nan="worst"), es.decide([1.0, 1.0, 2.0])
+    assert decided.coefficients.tolist() == want.coefficients.tolist()
+    assert decided.rewards is not None and np.isnan(decided.rewards[0])  # as the journal has it
 
 
 @pytest.mark.parametrize("failed", [-1, 1.5, 2**32, "1"])

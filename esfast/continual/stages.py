@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from esfast.errors import DataError, StateError
+from esfast.errors import StateError
 from esfast.journal import JOURNAL, Journal, read_journal
 from esfast.journal_format import MarkRecord
-from esfast.prior.evaluation import PRIOR, label
+from esfast.prior.evaluation import PRIOR, label, read_scores
 from esfast.prior.scores import PriorScore
-from esfast.run_folder import MODEL, SUMMARY, read_json, read_lines
+from esfast.run_folder import MODEL, SUMMARY, read_json
 
 CONTINUAL = "continual.json"
 SEEDS_A_STAGE = 1_000_000
@@ -115,12 +115,7 @@ def scores_of(stage: Stage) -> list[PriorScore]:
 
     Raises DataError for a file that is damaged.
     """
-    path = stage.folder / PRIOR
-    try:
-        found = [PriorScore.from_record(r) for r in read_lines(path)] if path.exists() else []
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
-    return sorted(found, key=lambda score: score.generation)
+    return sorted(read_scores(stage.folder / PRIOR), key=lambda score: score.generation)
 
 
 def handed_on(stage: Stage) -> list[PriorScore]:

@@ -270,7 +270,7 @@ class FastSlowTrainer(Trainer):
         before = replace(self.account.evaluation)
         held_out = self._evaluate_under(cycle.generation, cycle.prompts[0], known)
         if cycle.prompts[0] == self.task.instruction:  # counted when the cycle before ended
-            self.account.evaluation = replace(before)
+            self.account.evaluation = before
         spent = self.account.evaluation
         took = Tokens(spent.prompt - before.prompt, spent.generated - before.generated)
         cycle = replace(cycle, held_out=held_out.record(), held_out_tokens=took)

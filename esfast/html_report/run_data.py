@@ -18,7 +18,7 @@ from typing import Any
 from esfast.errors import ConfigError, DataError
 from esfast.fast_slow.cycles import Cycle, read_cycles
 from esfast.journal import JOURNAL, Journal, read_journal
-from esfast.prior.evaluation import PRIOR
+from esfast.prior.evaluation import PRIOR, read_scores
 from esfast.prior.scores import PriorScore
 from esfast.run_folder import CONFIG, METRICS, SAMPLES, SUMMARY, read_config, read_json, read_lines
 
@@ -196,7 +196,7 @@ def read_run(folder: Path, name: str) -> RunData:
         summary=read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None,
         samples=_samples(folder / SAMPLES),
         journal=journal,
-        prior=_prior(folder / PRIOR),
+        prior=tuple(read_scores(folder / PRIOR)),
         subject=_own_subject(folder, name, journal),
         cycles=tuple(read_cycles(folder)),
     )
@@ -282,13 +282,6 @@ def _metrics(path: Path) -> tuple[Record, ...]:
         if missing:
             raise DataError(f"{path} line {number} has no {missing[0]!r}: it is no generation's.")
     return rows
-
-
-def _prior(path: Path) -> tuple[PriorScore, ...]:
-    try:
-        return tuple(PriorScore.from_record(record) for record in _lines(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
 
 
 def _lines(path: Path) -> tuple[Record, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from esfast.errors import ConfigError, DataError
 from esfast.prior.harness import HarnessTask
 from esfast.prior.scores import Estimate, PriorScore, outcome
 from esfast.prior.settings import PriorSettings
-from esfast.run_folder import NO_JSON, append_line
+from esfast.run_folder import NO_JSON, append_line, read_lines
 from esfast.tasks import TASKS, Task, make_task
 from esfast.tasks.custom import Custom
 from esfast.tasks.questions import Questions
@@ -207,10 +207,7 @@ class PriorTasks:
         self._path = path
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1].splitlines()
-        try:
-            scores = [PriorScore.from_record(json.loads(line)) for line in whole]
-        except (KeyError, TypeError, *NO_JSON) as error:
-            raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
+        scores = _scores(path, map(json.loads, whole))
         kept = [score for score in scores if score.generation <= until]
         there = {(score.generation, score.task) for score in kept}
         new = [score for score in self.scores if (score.generation, score.task) not in there]
@@ -281,3 +278,17 @@ class PriorTasks:
         for task in self.tasks:
             with suppress(OSError):
                 task.close()
+
+
+def read_scores(path: Path) -> list[PriorScore]:
+    """What `PriorTasks.keep_in` has written; nothing where there is no file. Raises DataError."""
+    return _scores(path, read_lines(path)) if path.exists() else []
+
+
+def _scores(path: Path, records: Iterable[Mapping[str, Any]]) -> list[PriorScore]:
+    try:
+        return [PriorScore.from_record(record) for record in records]
+    except DataError:  # of `read_lines`, which names the line
+        raise
+    except (KeyError, TypeError, *NO_JSON) as error:
+        raise DataError(f"{path} has a line that is no prior task's score ({error}).") from None
