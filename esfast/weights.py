@@ -160,7 +160,7 @@ class Weights(LiveWeights):
         scale = _scale(require_member(member).sign, sigma)
         with self._turn:
             self._require_in_place()
-            torch.clear_autocast_cache()  # of fp32 weights cast as they are now
+            self.table.tell_torch()
             if self.memory == "lean":
                 self._exchange(member, scale)
             else:
@@ -191,8 +191,9 @@ class Weights(LiveWeights):
         """
         with self._turn:
             self.table.check_memory()
-            torch.clear_autocast_cache()
             applied = self.perturbed
+            if applied:
+                self.table.tell_torch()
             if self.memory == "lean":
                 self._core.restore(self._records, self.threads)
             elif self._perturbed:
@@ -218,6 +219,7 @@ class Weights(LiveWeights):
         with self._turn:
             self._require_in_place()
             self.restore()
+            self.table.tell_torch()
             core = self._streamed if number and self._streamed is not None else self._core
             saturated = core.update(
                 update.members[0].noise_number if update.members else 0,
