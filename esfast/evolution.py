@@ -37,7 +37,7 @@ from esfast.update import Update, UpdateReport
 from esfast.weights import Weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: arrays have no one truth
 class StepReport:
     """One update: its generation, members and fp64 coefficients, and how many weights saturated."""
 
