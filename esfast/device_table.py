@@ -19,6 +19,7 @@ import torch
 
 from esfast import _core
 from esfast.errors import ParameterError, StateError, first_line
+from esfast.resources import available_memory
 
 _SAMPLE_STRIDE = 16  # every 16th tile tells the size of the first lists to a few per cent
 _SLACK = 1.25  # over the demand seen: the next member's differs, and so does the slabs' order
@@ -27,6 +28,14 @@ _MOST_WORDS = 2**32 - 1  # that a list's 32-bit offsets can name: 17 GB of excep
 
 Rule: TypeAlias = tuple[int, float, bool, int]
 """Of an update: the decay's number and strength, whether rounding is stochastic, and its key."""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device can give: the system's, or what CUDA and torch's cache have free."""
+    if device.type != "cuda":
+        return available_memory()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def driver() -> Any:

@@ -192,6 +192,8 @@ class EvolutionStrategy:
         terms = record.terms(self.config)
         Update(terms, record.coefficients, record.decay, record.alpha, self.config.rounding)
         self._require_anchor()
+        if isinstance(self.weights, Weights):
+            self.weights.require_ready()
         if self.journal is not None:
             _require_header(self.journal.header.config, self.config)
 

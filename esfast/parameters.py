@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from torch.autograd.graph import increment_version
 
 from esfast import _core
 from esfast.errors import ParameterError
@@ -182,14 +181,6 @@ class ParameterTable:
         """StateError where a tensor has another storage, dtype, shape or layout than when it was
         taken, or the module another parameter in its place."""
         self._held.check_in_place()
-
-    def tell_torch(self) -> None:
-        """Of an edit that it cannot see: autocast keeps casts of fp32 weights, and a backward pass
-        over weights that have changed since would be wrong without an error. Quarter of a
-        microsecond a tensor."""
-        torch.clear_autocast_cache()
-        for segment in self.segments:
-            increment_version(segment.tensor)
 
     def check_memory(self) -> None:
         """StateError where a tensor's memory was given up since it was taken."""

@@ -6,7 +6,8 @@
 
 memory="lean" edits in place and records only what rounding loses; "shadow" keeps a base copy in the
 weights' dtype; "master" keeps the base in fp32, so that updates of 16-bit weights lose nothing.
-Lean and shadow give the same bits. Between calls nobody else may edit the tensors of the table.
+Lean and shadow give the same bits. Nobody else may edit the tensors while a member is applied, nor,
+under shadow and master, at all without `rebase`; StateError where torch counted such an edit.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import torch
 from esfast import state_file
 from esfast.anchor import Anchor
 from esfast.anchor_stream import AnchorStream, streamed
-from esfast.device_table import make_records, make_table
+from esfast.device_table import free_bytes, make_records, make_table
 from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
 from esfast.journal_format import TensorSpec
 from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member, require_member, whole
+from esfast.outside_edits import OutsideEdits
 from esfast.parameters import ParameterTable
-from esfast.resources import available_memory, readable, usable_cores
+from esfast.resources import readable, usable_cores
 from esfast.strategy import real
 from esfast.update import Update, UpdateReport
 
@@ -37,14 +39,6 @@ MEMORIES = ("lean", "shadow", "master")
 MOST_THREADS = 1024
 _SMALLEST, _LARGEST = 2.0**-149, (2.0 - 2.0**-23) * 2.0**127  # of fp32
 _SAMPLE_STRIDE = 16  # one chunk in 16 tells the size of lean's records to a few per cent
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a device can give: the system's, or what CUDA and torch's cache have free."""
-    if device.type != "cuda":
-        return available_memory()
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _scale(sign: int, sigma: float) -> float:
@@ -103,6 +97,7 @@ class Weights(LiveWeights):
         self._records = make_records(table.device)
         self._perturbed = False
         self._turn = threading.RLock()
+        self._outside = OutsideEdits(table.segments)
         self._bases: list[torch.Tensor] = []
         self._streamed: AnchorStream | None = None
         rows = table.rows()
@@ -159,8 +154,8 @@ class Weights(LiveWeights):
         """
         scale = _scale(require_member(member).sign, sigma)
         with self._turn:
-            self._require_in_place()
-            self.table.tell_torch()
+            self.require_ready()
+            self._outside.tell()
             if self.memory == "lean":
                 self._exchange(member, scale)
             else:
@@ -192,8 +187,9 @@ class Weights(LiveWeights):
         with self._turn:
             self.table.check_memory()
             applied = self.perturbed
+            edited = self._outside.found() if applied else None
             if applied:
-                self.table.tell_torch()
+                self._outside.tell()
             if self.memory == "lean":
                 self._core.restore(self._records, self.threads)
             elif self._perturbed:
@@ -201,6 +197,7 @@ class Weights(LiveWeights):
                 self._perturbed = False
             if applied:
                 self._require_not_taken_away()
+                self._outside.require_not_under_member(edited, self.memory)
 
     def _require_not_taken_away(self) -> None:
         try:
@@ -211,15 +208,22 @@ class Weights(LiveWeights):
                 "Load the model's weights again first."
             ) from None
 
+    def require_ready(self) -> None:
+        """StateError where an edit would not reach the model, or would undo somebody else's."""
+        self._require_in_place()
+        if self.perturbed and self._outside.found() is not None:
+            self.restore()  # which says it
+        self._outside.require_known(self._bases, self.memory)
+
     def apply(self, update: Update) -> UpdateReport:
         """`update` with its arguments as one value."""
         number, strength = update.pull()
         if number:
             self.require_anchor()
         with self._turn:
-            self._require_in_place()
+            self.require_ready()
             self.restore()
-            self.table.tell_torch()
+            self._outside.tell()
             core = self._streamed if number and self._streamed is not None else self._core
             saturated = core.update(
                 update.members[0].noise_number if update.members else 0,
@@ -303,8 +307,9 @@ class Weights(LiveWeights):
                     mine.copy_(tensor)
             if self.memory == "master":
                 self._core.refresh(self.threads)
-            elif self._bases:
-                self._core.capture(self.threads)
+                self._outside.accept()
+            else:
+                self.rebase()
 
     def write_state(self, path: Path, told: Mapping[str, str]) -> None:
         """`state` in a safetensors file with `told` beside it; EsfastError where the disk fails."""
@@ -337,6 +342,7 @@ class Weights(LiveWeights):
                 )
             if self._bases:
                 self._core.capture(self.threads)
+            self._outside.accept()
 
     def _checksum_of(self, state: Sequence[torch.Tensor]) -> str:
         segments = zip(self.table.segments, state, strict=True)
@@ -364,11 +370,8 @@ class Weights(LiveWeights):
         member, scale = Member(seed=0, noise=noise), _scale(1, sigma)
         with self._turn:
             self.restore()
-            return int(
-                self._core.expected_record_bytes(
-                    member.noise_number, member.spec, scale, _SAMPLE_STRIDE, self.threads
-                )
-            )
+            drawn = member.noise_number, member.spec, scale
+            return int(self._core.expected_record_bytes(*drawn, _SAMPLE_STRIDE, self.threads))
 
     def memory_use(self) -> MemoryUse:
         """What is held now: lean's records keep their memory between members."""

@@ -22,7 +22,7 @@ FLOORS = {
     "journal_format": 1, "bounds": 1, "whole_file": 1, "interrupts": 1,
     "member_loop": 1,
     "parameters": 2, "segments": 2, "weights": 2, "anchor": 2, "checkpoint": 2, "resources": 2,
-    "stored_names": 2, "held_tensors": 2,
+    "stored_names": 2, "held_tensors": 2, "outside_edits": 2,
     "state_file": 2, "live_weights": 2,
     "snapshots": 2, "device_table": 2, "device_shaping": 2, "anchor_stream": 2,
     "evolution": 3, "replay": 3, "engines": 3, "tasks": 3, "launch": 3, "forgetting": 3,

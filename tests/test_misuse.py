@@ -325,32 +325,3 @@ def test_a_state_is_tensors_in_a_list() -> None:
 def test_noise_is_of_a_name() -> None:
     with pytest.raises(ConfigError, match="tensor 5; give its canonical name"):
         esfast.noise(Member(1), 5, (2,))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
-def test_a_backward_pass_over_weights_edited_meanwhile_is_refused(memory: str) -> None:
-    model = torch.nn.Linear(4, 3)
-    weights = Weights(ParameterTable.from_module(model), memory)
-    edits: list[Callable[[], object]] = [
-        lambda: weights.perturb(Member(1), 0.1),
-        weights.restore,
-        lambda: weights.update([Member(1)], [0.1]),
-    ]
-    for edit in edits:
-        loss = model(torch.ones(2, 4, requires_grad=True)).sum()
-        edit()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-    loss = model(torch.ones(2, 4, requires_grad=True)).sum()
-    weights.restore()  # no member is applied: nothing is edited
-    loss.backward()
-
-
-def test_weights_made_in_inference_mode_are_edited_too() -> None:
-    with torch.inference_mode():
-        tensor = torch.randn(64)
-    weights = Weights(table_of(tensor))
-    before = weights.checksum()
-    weights.perturb(Member(1), 0.1)
-    weights.restore()
-    assert weights.checksum() == before

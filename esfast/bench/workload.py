@@ -225,7 +225,8 @@ class Bench:
     def weights(self, memory: str) -> Weights:
         """The same tensors under another memory mode; only one of them may hold a member."""
         if memory not in self._weights:
-            table = ParameterTable.from_tensors(self.model)
+            # `.data` has no count of edits: the modes and torch's loops undo one another's here.
+            table = ParameterTable.from_tensors({n: t.data for n, t in self.model.items()})
             self._weights[memory] = Weights(table, memory=memory, threads=self.threads)
         return self._weights[memory]
 

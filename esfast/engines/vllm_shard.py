@@ -16,6 +16,7 @@ from typing import Any
 
 from esfast import measure, state_file
 from esfast.anchor import Anchor
+from esfast.device_table import free_bytes
 from esfast.engines.vllm_derived import Kept, kept
 from esfast.engines.vllm_files import read_canonical, write_canonical
 from esfast.engines.vllm_reach import Groups
@@ -23,7 +24,7 @@ from esfast.errors import ConfigError, StateError
 from esfast.members import Member
 from esfast.parameters import ParameterTable
 from esfast.update import Update
-from esfast.weights import Weights, free_bytes, weights_of
+from esfast.weights import Weights, weights_of
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before vLLM binds
 
