@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 
-from esfast.errors import ConfigError, DataError
+from esfast.errors import ConfigError, DataError, EsfastError, first_line
 from esfast.models import without_bars
 from esfast.whole_file import whole_file
 
@@ -92,9 +92,25 @@ def make_trainer(run: GrpoRun, folder: Path) -> Any:
     trainer.remove_callback(PrinterCallback)
     # With every checkpoint TRL writes a card of the model, for which it looks for other packages.
     trainer.create_model_card = lambda **_: None
+    trainer._save_checkpoint = _said(trainer._save_checkpoint, folder)
     if trainer.ref_model is not None:  # TRL read it from the folder again, in whatever dtype
         trainer.ref_model.load_state_dict(engine.model.state_dict())
     return trainer
+
+
+def _said(save: Callable[..., object], folder: Path) -> Callable[..., None]:
+    """`save`, with an EsfastError where the disk fails: safetensors and torch raise their own."""
+
+    def checkpoint(*arguments: Any, **settings: Any) -> None:
+        try:
+            save(*arguments, **settings)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise EsfastError(
+                f"no checkpoint could be written to {folder}: {first_line(error)}. Those before "
+                "are whole; free some space and go on with --resume."
+            ) from None
+
+    return checkpoint
 
 
 def arguments(config: GrpoConfig, folder: Path, model: Any) -> Any:

@@ -17,6 +17,9 @@ from esfast.run_folder import alone, read_json, read_lines
 pytest.importorskip("trl")
 pytest.importorskip("transformers")
 
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
 
 def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     tmp_path, tiny_model, monkeypatch, capfd
@@ -117,3 +120,17 @@ def test_smollm2_learns_the_default_task(tmp_path, monkeypatch):
     assert run("grpo", "--generations", "3", "--eval-size", "48", "--output", "run") == 0
     summary = read_json(Path("run/summary.json"))
     assert summary["rise"] > 0.2 and summary["rise_in_standard_errors"] > 4
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_said(tmp_path, tiny_model, monkeypatch, capfd):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    folder = tmp_path / "run"
+    shared = ("--model", str(tiny_model), "--prompts", "2", "--eval-size", "2", "--threads", "1")
+    grpo = ("grpo", *shared, "--group-size", "2", "--generations", "2", "--output", str(folder))
+    assert run(*grpo, "--checkpoint-every", "1") == 2
+    err = capfd.readouterr().err
+    assert "no checkpoint could be written" in err and "No space left" in err
+    assert len(list(read_lines(folder / "metrics.jsonl"))) == 1
