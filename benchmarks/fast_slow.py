@@ -34,8 +34,9 @@ from esfast.provenance import commit, device_name
 from esfast.run_folder import CONFIG, METRICS, SUMMARY, read_json, read_lines
 
 RESULTS = Path(__file__).parent / "results" / "fast_slow_cpu.csv"
-SHARED = ("--population-size", "8", "--prompts", "32", "--eval-every", "2", "--threads", "1",
-          "--shaping", "group_centered")  # fmt: skip
+THREADS = 1
+SHARED = ("--population-size", "8", "--prompts", "32", "--eval-every", "2",
+          "--threads", str(THREADS), "--shaping", "group_centered")  # fmt: skip
 ARMS = {
     "fast-slow": (
         "fast-slow", "--cycles", "2", "--generations-per-cycle", "3",
@@ -147,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     about = {"commit": commit(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-             "device": device_name()}  # fmt: skip
+             "device": device_name(), "threads": THREADS}  # fmt: skip
     made = [{**about, **one} for one in measure(args.work, args.seeds, args.jobs)]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, made[0], lineterminator="\n")

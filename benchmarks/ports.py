@@ -120,6 +120,7 @@ def main() -> None:
         "device": device_name(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "threads": 1,
         "ports_ns_per_normal": f"{mix:.4f}",
         "core_ns_per_normal": f"{core:.4f}",
         "share_of_ports": f"{mix / core:.3f}",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
+from pathlib import Path
+
+import pytest
 
 from esfast.provenance import device_name, processor_name
 
@@ -15,6 +19,19 @@ model name\t: AMD EPYC
 processor\t: 1
 model name\t: another
 """
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COMMITTED = sorted(RESULTS.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_every_committed_row_has_its_commit_device_and_threads(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        assert all(row.get(origin) for origin in ("commit", "device", "threads")), row
 
 
 def test_processors_of_one_name_are_told_apart():

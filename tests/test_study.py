@@ -273,6 +273,16 @@ def test_rows_survive_their_csv(tmp_path):
     assert read[1]["command"] == "esfast grpo, with a comma"
 
 
+def test_rows_say_where_they_come_from():
+    runs = [{"run": "es-seed1", "commit": "of the run"}]
+    origin = {"commit": "of the analysis", "device": "a processor", "threads": 1}
+    of_run, mean = study_rows.stamped(
+        [{"run": "es-seed1", "norm": 1.0}, {"arm": "ES"}], origin, runs
+    )
+    assert of_run == {**origin, "commit": "of the run", "run": "es-seed1", "norm": 1.0}
+    assert mean == {**origin, "arm": "ES"}
+
+
 def test_pictures_are_drawn_of_rows_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "PIXELS_PER_INCH", 30)
     rows, curves = [], []

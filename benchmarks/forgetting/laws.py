@@ -44,6 +44,7 @@ from esfast import Anchor, AnchoredDecay, EvolutionStrategy, ParameterTable, Wei
 from esfast.forgetting import laws
 from esfast.models import load_model
 from esfast.provenance import commit, device_name, one_line, provenance
+from esfast.resources import usable_cores
 
 RESULTS = Path(__file__).parent.parent / "results" / "forgetting_laws_cpu"
 POINTS = (1, 2, 4, 8, 16, 32, 64, 125, 250, 500, 750, 1000)
@@ -262,7 +263,8 @@ def main() -> None:
                        "--every", str(args.every)])  # fmt: skip
     rows = measure(base, args.threads)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    stamp = {"commit": commit(), "date": date, "device": device_name(), "model": args.model,
+    stamp = {"commit": commit(), "date": date, "device": device_name(),
+             "threads": args.threads or usable_cores(), "model": args.model,
              "elements_of_model": elements}  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
     write(rows, stamp, RESULTS.with_suffix(".csv"))

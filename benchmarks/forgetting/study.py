@@ -39,6 +39,7 @@ from study_rows import (
     drift_rows,
     finished_runs,
     gather,
+    stamped,
     summarise,
     write_csv,
 )
@@ -151,14 +152,20 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
         "sessions": work.sessions(),
         "commits_of_runs": sorted({str(row["commit"]) for row in rows}),
     }
-    write_csv(output / "runs.csv", rows)
-    write_csv(output / "curves.csv", curves)
     drift = [row for run in finished_runs(scale, work) for row in drift_rows(run, work)]
-    write_csv(output / "drift.csv", drift)
     diagnosed = work.controls / DIAGNOSED
     controls = control_rows(diagnosed) if diagnosed.exists() else []
-    write_csv(output / "controls.csv", controls)
-    write_csv(output / "summary.csv", summarise([row for row in rows if row["main"]]))
+    means = summarise([row for row in rows if row["main"]])
+    tables = {
+        "runs": rows,
+        "curves": curves,
+        "drift": drift,
+        "controls": controls,
+        "summary": means,
+    }
+    origin = {"commit": commit(), "device": made["device"], "threads": scale.threads}
+    for name, table in tables.items():
+        write_csv(output / f"{name}.csv", stamped(table, origin, rows))
     write_markdown(output / "summary.md", markdown(rows, curves, controls))
     _write_json(output / "study.json", made)
     drawn = Drawing(rows, curves, one_line(made)).draw(output)

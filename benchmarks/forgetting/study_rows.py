@@ -248,6 +248,14 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
+def stamped(rows: Sequence[Row], origin: Row, runs: Sequence[Row]) -> list[Row]:
+    """The rows behind where they come from: of a run's rows the commit is that of the run."""
+    commits = {run["run"]: run["commit"] for run in runs}
+    return [
+        {**origin, "commit": commits.get(row.get("run"), origin["commit"]), **row} for row in rows
+    ]
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The rows as CSV, six significant digits; appears whole."""
     text = io.StringIO()
