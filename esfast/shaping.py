@@ -63,10 +63,11 @@ def _checked(rewards: ArrayLike, method: str, nan: str) -> np.ndarray:
     unusable = np.isnan(values) if "rank" in method else ~np.isfinite(values)
     if unusable.any():
         first = tuple(int(i) for i in np.argwhere(unusable)[0])
+        ordered = "" if "rank" in method else " (or use 'rank', which orders infinities)"
         raise DataError(
             f"{int(unusable.sum())} of {values.size} rewards cannot be used by {method}: the first "
-            f"is {values[first]} at {list(first)}. Return a finite reward, pass nan='worst' to "
-            "give NaN the lowest finite one, or use 'rank', which also orders infinities."
+            f"is {values[first]} at {list(first)}. Return a finite reward{ordered}, or pass "
+            "nan='worst' to give NaN the lowest finite one."
         )
     return values
 

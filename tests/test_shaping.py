@@ -178,3 +178,12 @@ def test_bad_arguments_are_refused() -> None:
 
 def test_lists_and_float32_are_taken() -> None:
     assert np.array_equal(shape([1.0, 2.0, 4.0], "rank"), rank(np.array([1, 2, 4], np.float32)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refusal_names_rank_only_where_it_would_help(method: str) -> None:
+    """It orders infinities, and takes no NaN either."""
+    rewards = np.array([[1.0], [float("nan")]])
+    with pytest.raises(EsfastError) as refused:
+        shape(rewards if method == "group_centered" else rewards[:, 0], method)
+    assert ("use 'rank'" in str(refused.value)) == (method not in ("rank", "centered_rank"))
