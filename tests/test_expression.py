@@ -54,6 +54,11 @@ def test_what_is_no_expression_is_refused(text):
         evaluate(text)
 
 
+def test_the_character_that_is_wrong_is_named():
+    with pytest.raises(ExpressionError, match="unexpected '=' at character 7"):
+        evaluate("1 + 1 = 2")
+
+
 tree = st.recursive(
     st.integers(0, 999).map(str),
     lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(

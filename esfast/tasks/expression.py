@@ -46,6 +46,7 @@ def _tokens(text: str) -> list[str]:
     while place < len(text):
         match = _TOKEN.match(text, place)
         if match is None:
+            place += len(text[place:]) - len(text[place:].lstrip())
             raise ExpressionError(f"unexpected {text[place]!r} at character {place + 1}")
         tokens.append(match.group(1) or match.group(2))
         place = match.end()
