@@ -63,9 +63,10 @@ class LiveWeights(ABC):
 
         coefficients: one a member, with alpha / N in them (Strategy.coefficients). decay: needs the
         anchor that the weights were made with, and alpha. rounding: "stochastic" (keyed by `seed`,
-        the generation's) or "nearest"; fp32 bases are not rounded. Members of one update share one
-        kind of noise; neighbours with one seed are drawn once. No members: decay and rounding
-        alone. An applied member is restored first.
+        the generation's: with the same one every time the same weights are rounded up) or
+        "nearest"; fp32 bases are not rounded. Members of one update share one kind of noise;
+        neighbours with one seed are drawn once. No members: decay and rounding alone. An applied
+        member is restored first.
         """
         return self.apply(Update(members, coefficients, decay, alpha, rounding, seed))
 
