@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shutil
@@ -45,6 +46,17 @@ def engine_over(folder: Path) -> TransformersEngine:
 def test_the_ten_lines_learn() -> None:
     ran = run(block("README.md", "es.population()"))
     assert (ran["model"](ran["x"]) - ran["y"]).square().mean().item() < 1.0
+
+
+def test_scripts_import_esfast_before_torch() -> None:
+    """It sets how torch's threads wait, and they read that as torch is loaded."""
+    for source in (
+        block("README.md", "es.population()"),
+        (SOURCES / "examples/own_loop.py").read_text(),
+    ):
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import)]
+        names = [alias.name for node in nodes for alias in node.names]
+        assert names.index("esfast") < names.index("torch")
 
 
 def test_what_is_below_the_loop() -> None:
