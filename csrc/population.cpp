@@ -1,3 +1,4 @@
+// Terms of an update (population.hpp), in double and in member order.
 #define ESFAST_LANES scalar
 #include "population.hpp"
 

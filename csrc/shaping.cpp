@@ -1,3 +1,4 @@
+// Fitness from rewards, in double: shaping.hpp has the formulas.
 #include "shaping.hpp"
 
 #include <algorithm>
