@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from esfast.tasks.base import Example, PoolTask, Score
-from esfast.tasks.draws import held_out_keys
+from esfast.tasks.base import Example, PoolTask, Score, split
 
 HELD_OUT_SHARE = 1 / 3
 LARGEST = {"+": 12, "-": 12, "*": 9}
@@ -34,11 +33,7 @@ class Arithmetic(PoolTask):
 
     def __init__(self) -> None:
         examples = [_example(*problem) for problem in _problems()]
-        held = held_out_keys((example.id for example in examples), HELD_OUT_SHARE)
-        super().__init__(
-            train=[example for example in examples if example.id not in held],
-            held_out=[example for example in examples if example.id in held],
-        )
+        super().__init__(*split(examples, HELD_OUT_SHARE))
 
     def score(self, example: Example, completion: str) -> Score:
         """1 for exactly the equation, up to 0.6 for parts of it."""

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from esfast.engines.base import Prompt
 from esfast.errors import DataError, StateError
-from esfast.tasks.draws import Draws, digest_int
+from esfast.tasks.draws import Draws, digest_int, held_out_keys
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,15 @@ class PoolTask(Task):
     def _index(self, seed: int, place: int) -> int:
         epoch, within = divmod(place, len(self._train))
         return _permutation(seed, epoch, len(self._train))[within]
+
+
+def split(
+    examples: Sequence[Example], share: float, key: Callable[[Example], str] = lambda one: one.id
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: of the distinct keys `share` (0 to 1) is held out."""
+    held = held_out_keys(map(key, examples), share)
+    train = [example for example in examples if key(example) not in held]
+    return train, [example for example in examples if key(example) in held]
 
 
 def prompt_key(prompt: Prompt) -> str:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
-from esfast.tasks.base import LARGEST_REWARD, Example, Score, is_reward, prompt_key
-from esfast.tasks.draws import digest_int, held_out_keys
+from esfast.tasks.base import LARGEST_REWARD, Example, Score, is_reward, prompt_key, split
+from esfast.tasks.draws import digest_int
 from esfast.tasks.json_lines import prompt_of, read_rows
 from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
 
@@ -92,12 +92,10 @@ def _examples(path: Path) -> list[Example]:
 
 def _split(path: Path, examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Splits by prompt, so that two rows with one prompt stay together."""
-    held = held_out_keys((prompt_key(example.prompt) for example in examples), HELD_OUT_SHARE)
-    if not held:
+    train, held_out = split(examples, HELD_OUT_SHARE, lambda one: prompt_key(one.prompt))
+    if not held_out:
         raise DataError(
             f"{path} has one prompt; at least two are needed, one to train on and one to hold out. "
             "Add prompts, or give held-out ones with --eval-data."
         )
-    held_out = [example for example in examples if prompt_key(example.prompt) in held]
-    train = [example for example in examples if prompt_key(example.prompt) not in held]
     return train, held_out

@@ -12,8 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from esfast.errors import ConfigError, DataError
-from esfast.tasks.base import Example, PoolTask, Score
-from esfast.tasks.draws import digest_int, held_out_keys
+from esfast.tasks.base import Example, PoolTask, Score, split
+from esfast.tasks.draws import digest_int
 from esfast.tasks.json_lines import read_rows
 
 HELD_OUT_SHARE = 0.1
@@ -41,9 +41,7 @@ class Gsm8k(PoolTask):
             )
         rows = _examples(Path(data))
         if eval_data is None:
-            held = held_out_keys((row.id for row in rows), HELD_OUT_SHARE)
-            held_out = [row for row in rows if row.id in held]
-            train = [row for row in rows if row.id not in held]
+            train, held_out = split(rows, HELD_OUT_SHARE)
         else:
             train, held_out = rows, _examples(Path(eval_data))
         super().__init__(train, held_out)

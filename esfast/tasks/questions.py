@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
-from esfast.tasks.base import Example, PoolTask, Score
-from esfast.tasks.draws import digest_int, held_out_keys
+from esfast.tasks.base import Example, PoolTask, Score, split
+from esfast.tasks.draws import digest_int
 from esfast.tasks.json_lines import prompt_of, read_rows
 
 HELD_OUT_SHARE = 0.25
@@ -51,12 +51,8 @@ class Questions(PoolTask):
         path = Path(data) if data is not None else _kept(dataset)
         self.name = f"questions:{path.stem}"
         examples = _examples(path)
-        held = set(examples) if evaluation_only else held_out_keys(examples, HELD_OUT_SHARE)
-        super().__init__(
-            train=[example for key, example in examples.items() if key not in held],
-            held_out=[example for key, example in examples.items() if key in held],
-            evaluation_only=evaluation_only,
-        )
+        train, held_out = ([], examples) if evaluation_only else split(examples, HELD_OUT_SHARE)
+        super().__init__(train, held_out, evaluation_only=evaluation_only)
 
     def score(self, example: Example, completion: str) -> Score:
         """1 where an accepted answer is named."""
@@ -83,14 +79,14 @@ def _kept(name: str) -> Path:
     return path
 
 
-def _examples(path: Path) -> dict[str, Example]:
+def _examples(path: Path) -> list[Example]:
     examples: dict[str, Example] = {}
     for line, row in read_rows(path, required=("prompt",)):
         example = _example(path, line, row)
         earlier = examples.get(example.id, example)
         answers = dict.fromkeys([*earlier.data["answers"], *example.data["answers"]])
         examples[example.id] = replace(earlier, data={"answers": list(answers)})
-    return examples
+    return list(examples.values())
 
 
 def _example(path: Path, line: int, row: dict[str, Any]) -> Example:

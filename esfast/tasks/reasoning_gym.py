@@ -31,8 +31,7 @@ from typing import Any
 
 from esfast.errors import ConfigError
 from esfast.model_cache import cache_folder
-from esfast.tasks.base import Example, Score
-from esfast.tasks.draws import held_out_keys
+from esfast.tasks.base import Example, Score, split
 from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula, is_plain
 from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
@@ -77,11 +76,8 @@ class ReasoningGym(PooledTask):
         self._checks = _checks(type(made))
         rows = _cached_rows(dataset, config)
         examples = {row["question"]: Example(row["question"], row["question"], row) for row in rows}
-        held = held_out_keys(examples, HELD_OUT_SHARE)
-        held_out = [example for key, example in examples.items() if key in held]
-        train = [example for key, example in examples.items() if key not in held]
         self.pool = RewardPool(f"{SCORER}:score", limits or Limits())
-        super().__init__(train, held_out)
+        super().__init__(*split([*examples.values()], HELD_OUT_SHARE))
 
     def score(self, example: Example, completion: str) -> Score:
         """What the data set's scorer gives to the extracted answer. Raises RewardFailure."""
@@ -90,8 +86,7 @@ class ReasoningGym(PooledTask):
             return Score(0.0, "The answer is not in a plain form that can be scored.", solved=False)
         request = {**self._request, "row": to_json(dict(example.data))}
         value = self.pool.call(request, answer).value
-        solved = value >= SOLVED
-        known = example.data["answer"]
+        solved, known = value >= SOLVED, example.data["answer"]
         wrong = "Not right." if known is None else f"Not right; a right answer is {known}"
         return Score(value, "Right." if solved else wrong, solved=solved)
 
