@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields
 from functools import partial
 
 from esfast.errors import ConfigError
@@ -36,9 +35,10 @@ from esfast.train_flags import (
     add_run_flags,
     add_strategy_flags,
     add_task_flags,
-    config_of,
     positive,
     prior_of,
+    sampling_of,
+    settings_of,
     strategy_of,
     task_of,
 )
@@ -108,9 +108,8 @@ class FastSlowJob(TrainJob):
     def config(self, args: argparse.Namespace, task: Task) -> TrainConfig:
         """The settings that the flags name."""
         args.generations = args.cycles * args.generations_per_cycle
-        shared = vars(config_of(args, strategy_of(args), task))
-        own = {field.name for field in fields(FastSlowConfig)} - shared.keys()
-        return FastSlowConfig(**shared, **{name: getattr(args, name) for name in own})
+        sampling = sampling_of(args, task)
+        return settings_of(FastSlowConfig, args, strategy=strategy_of(args), sampling=sampling)
 
     @contextmanager
     def trainer(

@@ -13,7 +13,6 @@ from typing import Any
 
 from esfast.checkpoint import save_model
 from esfast.disk_room import require_disk_for_grpo
-from esfast.engines.base import Sampling
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
 from esfast.loggers import make_loggers, require_packages
@@ -37,6 +36,8 @@ from esfast.train_flags import (
     not_negative,
     positive,
     prior_of,
+    sampling_of,
+    settings_of,
     task_of,
     thread_count,
 )
@@ -100,7 +101,8 @@ def run_grpo(args: argparse.Namespace) -> int:
     require_plots(args.plots)
     task = task_of(args)
     with closing(task), closing(prior_of(args)) as prior:
-        return _train(args, _config(args, task), task, prior, past, clock)
+        config = settings_of(GrpoConfig, args, sampling=sampling_of(args, task))
+        return _train(args, config, task, prior, past, clock)
 
 
 def _train(
@@ -139,28 +141,6 @@ def _train(
         result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
     return exit_code(result, output, config.generations, draw=args.plots)
-
-
-def _config(args: argparse.Namespace, task: Task) -> GrpoConfig:
-    limit = args.max_new_tokens or task.max_new_tokens
-    return GrpoConfig(
-        sampling=Sampling(limit, temperature=args.temperature, seed=args.seed),
-        seed=args.seed,
-        generations=args.generations,
-        prompts=args.prompts,
-        fixed_prompts=args.fixed_prompts,
-        group_size=args.group_size,
-        iterations=args.iterations,
-        learning_rate=args.learning_rate,
-        beta=args.beta,
-        epsilon=args.epsilon,
-        micro_batch=args.micro_batch,
-        compute_dtype=args.compute_dtype,
-        gradient_checkpointing=args.gradient_checkpointing,
-        eval_every=args.eval_every,
-        eval_size=args.eval_size,
-        checkpoint_every=args.checkpoint_every,
-    )
 
 
 def _description(args: argparse.Namespace, config: GrpoConfig, task: Task) -> dict[str, Any]:

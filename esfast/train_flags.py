@@ -11,7 +11,8 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from esfast.engines.base import Sampling
 from esfast.errors import ConfigError
@@ -31,6 +32,7 @@ ENGINES = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
 PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
 AUTO = "auto"
+Settings = TypeVar("Settings")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +178,12 @@ def add_prior_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prior-path", default=None, help="folder of further lm-eval YAML tasks")
 
 
+def settings_of(kind: type[Settings], args: argparse.Namespace, **given: object) -> Settings:
+    """A dataclass of settings: fields that are not given are flags of the same name."""
+    names = {field.name for field in fields(kind)} - given.keys()  # type: ignore[arg-type]
+    return kind(**given, **{name: getattr(args, name) for name in names})
+
+
 def strategy_of(args: argparse.Namespace) -> StrategyConfig:
     """The strategy that the flags name. Raises ConfigError."""
     kind, weight = args.weight_decay_type, args.weight_decay_lambda
@@ -190,17 +198,7 @@ def strategy_of(args: argparse.Namespace) -> StrategyConfig:
         decay = AnchoredDecay.automatic(kind, args.alpha, args.population_size)
     elif kind != "none":
         decay = AnchoredDecay(kind, PAPER_LAMBDA[kind] if weight is None else weight)
-    return StrategyConfig(
-        sigma=args.sigma,
-        alpha=args.alpha,
-        population_size=args.population_size,
-        seed=args.seed,
-        noise=args.noise,
-        antithetic=args.antithetic,
-        shaping=args.shaping,
-        decay=decay,
-        rounding=args.rounding,
-    )
+    return settings_of(StrategyConfig, args, decay=decay)
 
 
 def told_decay(args: argparse.Namespace, strategy: StrategyConfig) -> list[str]:
@@ -220,20 +218,13 @@ def told_decay(args: argparse.Namespace, strategy: StrategyConfig) -> list[str]:
 
 def config_of(args: argparse.Namespace, strategy: StrategyConfig, task: Task) -> TrainConfig:
     """The settings of the run. Raises ConfigError."""
+    return settings_of(TrainConfig, args, strategy=strategy, sampling=sampling_of(args, task))
+
+
+def sampling_of(args: argparse.Namespace, task: Task) -> Sampling:
+    """How the answers of training are drawn. Raises ConfigError."""
     limit = args.max_new_tokens or task.max_new_tokens
-    return TrainConfig(
-        strategy=strategy,
-        sampling=Sampling(limit, temperature=args.temperature, seed=args.seed),
-        generations=args.generations,
-        prompts=args.prompts,
-        fixed_prompts=args.fixed_prompts,
-        eval_every=args.eval_every,
-        eval_size=args.eval_size,
-        memory=args.memory,
-        threads=args.threads,
-        checksum_every=args.checksum_every,
-        snapshot_every=args.snapshot_every,
-    )
+    return Sampling(limit, temperature=args.temperature, seed=args.seed)
 
 
 def task_of(args: argparse.Namespace) -> Task:
