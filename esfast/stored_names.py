@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esfast.errors import ParameterError
 
-# In inference mode the first two arrive as they are called, elsewhere as the other two.
-_COPIES = ("aten::contiguous", "aten::to", "aten::clone", "aten::_to_copy")
+# Operators whose result has the same values in another place or type. In inference mode the first
+# two arrive as they are called, elsewhere as the other two.
+MOVES = ("aten::contiguous", "aten::to", "aten::clone", "aten::_to_copy")
 
 
 class _InPlaceOfCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -27,7 +28,7 @@ class _InPlaceOfCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the class."""
-        if func._schema.name in _COPIES and args[0].is_meta:
+        if func._schema.name in MOVES and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -83,7 +84,7 @@ def stored_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor | Computed
         name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
         for name, p in live.items()
     }
-    owners = {_storage(stand_in): name for name, stand_in in stand_ins.items()}
+    owners = {storage_of(stand_in): name for name, stand_in in stand_ins.items()}
     with torch.no_grad(), _InPlaceOfCopies():  # type: ignore[no-untyped-call]
         stored = revert(module, dict(stand_ins))
     found = {name: _live(view, owners, live) for name, view in stored.items()}
@@ -99,14 +100,15 @@ def _reverting(module: torch.nn.Module) -> Any:
     return getattr(loading, "revert_weight_conversion", None)
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """By which a stand-in without memory, and every view of it, is known."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _live(
     view: torch.Tensor, owners: dict[int, str], live: dict[str, torch.Tensor]
 ) -> torch.Tensor | Computed:
-    owner = owners.get(_storage(view))
+    owner = owners.get(storage_of(view))
     if owner is None:
         return Computed(tuple(view.shape))
     parameter = live[owner]

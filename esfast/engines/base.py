@@ -36,6 +36,13 @@ COLDEST, HOTTEST = 1e-6, 1e3
 """Temperatures of sampling: below, logits over it leave fp32; above, every token is as likely."""
 
 
+def is_message(value: object) -> bool:
+    """Whether it is a `Message`: a mapping with a role and a content, both texts."""
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(name), str) for name in ("role", "content")
+    )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose the tokens of a completion.

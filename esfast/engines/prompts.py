@@ -15,19 +15,23 @@ empty line between, ending in `Assistant:`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from esfast.engines.base import Message, Prompt
+from esfast.engines.base import Message, Prompt, is_message
 from esfast.errors import ConfigError, DataError
 
 # A prefix costs one more forward pass, about as much as 100 tokens in a larger one (SmolLM2-135M
 # on a CPU: 26 tokens alone 39 ms, 608 tokens 355 ms). It must save more than that.
 LEAST_TOKENS_SAVED = 128
+# Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
+PLANS_KEPT = 8
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,27 @@ class Plan:
     prefix: torch.Tensor
     batches: tuple[Batch, ...]
     lengths: tuple[int, ...]
+
+
+def uses_chat(tokenizer: Any, chat: bool | None) -> bool:
+    """Whether prompts go through a chat template: what `chat` says, None where there is one.
+    ConfigError where it says so and there is none."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise ConfigError(
+            "chat=True, but the tokenizer has no chat template. Leave chat out to give the prompts "
+            "as plain text, or set tokenizer.chat_template."
+        )
+    return has_template if chat is None else chat
+
+
+def kept(plans: OrderedDict[Hashable, Kept], key: Hashable, make: Callable[[], Kept]) -> Kept:
+    """What `plans` has of `key`, made where it has none; those used last stay."""
+    plan = plans.pop(key, None)
+    plans[key] = found = make() if plan is None else plan
+    if len(plans) > PLANS_KEPT:
+        plans.popitem(last=False)
+    return found
 
 
 def key(prompts: Sequence[Prompt]) -> Hashable:
@@ -147,17 +172,11 @@ def _pad_left(group: Sequence[int], rows: Sequence[list[int]], shared: int, pad:
 
 def _checked(prompt: Any, at: int) -> list[dict[str, str]]:
     """The messages of `prompt`. Raises DataError, naming prompt `at`, if it is no conversation."""
-    if isinstance(prompt, Sequence) and prompt and all(map(_is_message, prompt)):
+    if isinstance(prompt, Sequence) and prompt and all(map(is_message, prompt)):
         return [dict(message) for message in prompt]
     raise DataError(
         f"prompt {at} is {prompt!r:.120}; expected a text, or a list of messages such as "
         f"[{{'role': 'user', 'content': '2 + 2?'}}]."
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and all(
-        isinstance(message.get(name), str) for name in ("role", "content")
     )
 
 

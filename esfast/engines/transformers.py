@@ -33,8 +33,6 @@ from esfast.errors import ConfigError, EsfastError, StateError, first_line
 from esfast.parameters import ParameterTable
 from esfast.weights import Weights, weights_of
 
-# Training prompts, held-out prompts, and a few more lists that a loop may alternate between.
-PLANS_KEPT = 8
 ROWS = 64  # decoded together, where nobody says
 
 
@@ -58,15 +56,14 @@ class TransformersEngine:
         chat: bool | None = None,
         share_prefix: bool = True,
     ) -> None:
-        has_template = getattr(tokenizer, "chat_template", None) is not None
         batch_size = ROWS if batch_size is None else batch_size
-        _check(model, tokenizer, batch_size, chat and not has_template)
+        _check(model, tokenizer, batch_size)
         _bound_compiled_products()
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.system_prompt = system_prompt
-        self._chat = has_template if chat is None else chat
+        self._chat = prompting.uses_chat(tokenizer, chat)
         self._config = model.config.get_text_config(decoder=True)
         self._share_prefix = share_prefix and can_share(model)
         self._ends = Ends.of(model, tokenizer)
@@ -126,15 +123,11 @@ class TransformersEngine:
         return prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
 
     def _plan(self, prompts: Sequence[Prompt]) -> prompting.Plan:
-        key = self.system_prompt, prompting.key(prompts)
-        plan = self._plans.pop(key, None)
-        if plan is None:
+        def make() -> prompting.Plan:
             rows = prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
-            plan = prompting.make_plan(rows, self.batch_size, self._ends.pad, self._share_prefix)
-        self._plans[key] = plan
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.popitem(last=False)
-        return plan
+            return prompting.make_plan(rows, self.batch_size, self._ends.pad, self._share_prefix)
+
+        return prompting.kept(self._plans, (self.system_prompt, prompting.key(prompts)), make)
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -188,7 +181,7 @@ def _packed_head_inputs(model: Any) -> Iterator[None]:
         packed.remove()
 
 
-def _check(model: Any, tokenizer: Any, batch_size: int, no_template: bool | None) -> None:
+def _check(model: Any, tokenizer: Any, batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
     if not callable(tokenizer):
@@ -203,11 +196,6 @@ def _check(model: Any, tokenizer: Any, batch_size: int, no_template: bool | None
             f"{type(model).__name__} is an encoder-decoder; expected a decoder-only language model."
         )
     _require_cache(model)
-    if no_template:
-        raise ConfigError(
-            "chat=True, but the tokenizer has no chat template. Leave chat out to give the prompts "
-            "as plain text, or set tokenizer.chat_template."
-        )
 
 
 def _require_cache(model: Any) -> None:

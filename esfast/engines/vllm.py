@@ -37,13 +37,12 @@ from esfast.engines.vllm_options import require_options, require_plain
 from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
-from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.errors import EsfastError, StateError
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer
 from esfast.resources import available_memory
 
 WORKER = "esfast.engines.vllm_worker.WorkerExtension"
-PLANS_KEPT = 8
 CACHE_SHARE = 8  # of the free memory of a CPU, where nothing else is asked for
 MOST_CACHE, LEAST_CACHE = 4 << 30, 1 << 28
 TELL_MEMORY = frozenset(("gpu_memory_utilization", "kv_cache_memory_bytes"))  # of the options
@@ -96,14 +95,8 @@ class VLLMEngine:
         require_plain(self.folder, options or {})
         _prepare(tensor_parallel_size, threads)
         self.tokenizer = read_tokenizer(self.folder)
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        if chat and not has_template:
-            raise ConfigError(
-                "chat=True, but the tokenizer has no chat template. Leave chat out to give the "
-                "prompts as plain text, or set tokenizer.chat_template."
-            )
         self.system_prompt = system_prompt
-        self._chat = has_template if chat is None else chat
+        self._chat = prompting.uses_chat(self.tokenizer, chat)
         self._ends = ends_of(self.folder, self.tokenizer)
         self._plans: OrderedDict[Hashable, _Rows] = OrderedDict()
         self._weights: RemoteWeights | None = None
@@ -211,16 +204,12 @@ class VLLMEngine:
             raise StateError("this engine is closed; make a new VLLMEngine.")
 
     def _rows(self, prompts: Sequence[Prompt]) -> _Rows:
-        key = prompting.key(prompts)
-        rows = self._plans.pop(key, None)
-        if rows is None:
+        def make() -> _Rows:
             ids = prompting.tokenize(prompts, self.tokenizer, self.system_prompt, self._chat)
             texts = tuple({"prompt_token_ids": row} for row in ids)
-            rows = _Rows(texts, tuple(len(row) for row in ids))
-        self._plans[key] = rows
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.popitem(last=False)
-        return rows
+            return _Rows(texts, tuple(len(row) for row in ids))
+
+        return prompting.kept(self._plans, prompting.key(prompts), make)
 
     def _context(self) -> int:
         return int(self._llm.llm_engine.model_config.max_model_len)

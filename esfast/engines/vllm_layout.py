@@ -24,12 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esfast.errors import ParameterError
 from esfast.segments import Segment
+from esfast.stored_names import MOVES, storage_of
 
-_COPIES = ("aten::copy_",)
+_COPY = "aten::copy_"
 _FILLS = ("aten::fill_", "aten::zero_")
-# Same values in another place or type: the copy to the parameter follows. (In inference mode the
-# first two arrive as they are called, elsewhere as the other two.)
-_MOVES = ("aten::contiguous", "aten::to", "aten::clone", "aten::_to_copy")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.copied: dict[_Copied, None] = {}
         self.filled = Counter[str]()
         self._parameters = {
-            _storage(p): name for name, p in model.named_parameters() if p.numel() and not p.is_meta
+            storage_of(p): name
+            for name, p in model.named_parameters()
+            if p.numel() and not p.is_meta
         }
         self._names: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []
@@ -60,20 +60,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor without memory, known by its storage, as are all views of it."""
         tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
         self._kept.append(tensor)
-        self._names[_storage(tensor)] = name
+        self._names[storage_of(tensor)] = name
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the class."""
         name = func._schema.name
-        if name in _MOVES and self._name(args[0]) is not None:
-            return args[0]
+        if name in MOVES and self._name(args[0]) is not None:
+            return args[0]  # the copy to the parameter follows
         written = _written(func, args, kwargs or {})
         if not any(not tensor.is_meta for tensor in written):
             return func(*args, **(kwargs or {}))
-        if name in _COPIES:
+        if name == _COPY:
             self._note(args[0], args[1])
-        elif (parameter := self._parameters.get(_storage(written[0]))) is not None:
+        elif (parameter := self._parameters.get(storage_of(written[0]))) is not None:
             if name not in _FILLS:
                 raise ParameterError(
                     f"vLLM's loader writes to '{parameter}' by {name}, which cannot be mapped to "
@@ -84,10 +84,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _name(self, tensor: Any) -> str | None:
         known = isinstance(tensor, torch.Tensor) and tensor.is_meta
-        return self._names.get(_storage(tensor)) if known else None
+        return self._names.get(storage_of(tensor)) if known else None
 
     def _note(self, target: torch.Tensor, source: Any) -> None:
-        parameter = self._parameters.get(_storage(target))
+        parameter = self._parameters.get(storage_of(target))
         if parameter is None or target.numel() == 0:  # a buffer, which is not edited
             return
         name = self._name(source)
@@ -102,10 +102,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _ELSEWHERE = "Train this model with the transformers engine (--engine transformers)."
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _place(view: torch.Tensor) -> tuple[tuple[int, ...], int]:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from esfast.engines.base import Prompt
+from esfast.engines.base import Prompt, is_message
 from esfast.errors import DataError
 
 
@@ -41,7 +41,7 @@ def prompt_of(path: Path, number: int, row: dict[str, Any]) -> Prompt:
     prompt = row["prompt"]
     if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+    if isinstance(prompt, list) and prompt and all(map(is_message, prompt)):
         return prompt
     raise DataError(
         f'{path} line {number}: "prompt" is {_short(prompt)}; expected a non-empty string, or a '
@@ -70,14 +70,6 @@ def _row(path: Path, number: int, line: str, required: tuple[str, ...]) -> dict[
             f"Expected {_quoted(list(required))} in every row."
         )
     return row
-
-
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
 
 
 def _quoted(keys: list[str]) -> str:
