@@ -49,7 +49,7 @@ from esfast.run_folder import (
 from esfast.train_command import run_job
 from esfast.train_flags import add_train_arguments, prior_of, strategy_of, task_of
 from esfast.weights import Weights
-from esfast.whole_file import remove_leftover_files, whole_file
+from esfast.whole_file import remove_leftover_files, write_whole
 
 ANCHORS = ("original", "stage")
 ONE_TASK = ("task", "data", "eval_data", "reward")
@@ -306,8 +306,8 @@ def _write(sequence: TaskSequence, status: str) -> None:
         "stages": chain_of([stage for stage in stages if stage.finished]),
         "results": results(stages),
     }
-    with whole_file(sequence.folder / CONTINUAL) as file:
-        file.write(json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
+    data = json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"
+    write_whole(sequence.folder / CONTINUAL, data)
 
 
 def _sources(text: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from esfast.errors import ConfigError, DataError, EsfastError, first_line
 from esfast.models import without_bars
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from esfast.grpo import GrpoConfig, GrpoRun
@@ -219,8 +219,7 @@ def _watch(run: GrpoRun) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
-            with whole_file(mark) as file:
-                file.write(json.dumps({"generation": run.generation}).encode())
+            write_whole(mark, json.dumps({"generation": run.generation}).encode())
 
     return Watch()
 

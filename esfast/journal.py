@@ -40,7 +40,7 @@ from esfast.journal_format import (
     header_end,
     seal,
 )
-from esfast.whole_file import lock, sync, whole_file
+from esfast.whole_file import lock, sync, write_whole
 
 JOURNAL = "journal.esj"  # its name in a run's folder
 EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
@@ -329,8 +329,7 @@ def export_journal(journal: Journal, path: str | Path, run: Mapping[str, Any] | 
     data = (
         _EXPORT.pack(EXPORT_MAGIC, EXPORT_VERSION, len(plain), check_of(b"", packed, 16)) + packed
     )
-    with whole_file(Path(path)) as file:
-        file.write(data)
+    write_whole(Path(path), data)
     return len(data)
 
 

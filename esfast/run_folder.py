@@ -31,7 +31,7 @@ from esfast.checkpoint import remove_leftovers
 from esfast.errors import ConfigError, DataError, EsfastError
 from esfast.journal import JOURNAL, JournalWriter
 from esfast.snapshots import SNAPSHOTS
-from esfast.whole_file import lock, remove_leftover_files, sync, whole_file
+from esfast.whole_file import lock, remove_leftover_files, sync, write_whole
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -97,7 +97,7 @@ class RunFolder:
             lines = path.read_bytes().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith(b"\n")]
             kept = [line for line in whole if _generation_of(line) <= generations]
-            self._replace(METRICS, b"".join(kept))
+            write_whole(path, b"".join(kept))
 
     @property
     def journal_path(self) -> Path:
@@ -144,15 +144,11 @@ class RunFolder:
 
     def write(self, name: str, content: Any) -> None:
         """The JSON file `name`, replaced at once."""
-        self._replace(name, _json(content, indent=1) + b"\n")
+        write_whole(self.path / name, _json(content, indent=1) + b"\n")
 
     def write_lines(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """The JSONL file `name`, replaced at once."""
-        self._replace(name, b"".join(_json(record) + b"\n" for record in records))
-
-    def _replace(self, name: str, data: bytes) -> None:
-        with whole_file(self.path / name) as file:
-            file.write(data)
+        write_whole(self.path / name, b"".join(_json(record) + b"\n" for record in records))
 
 
 def _make(path: Path) -> None:
@@ -171,8 +167,7 @@ def _claim(config: Path, content: Mapping[str, Any]) -> None:
     all of it or not at all: an empty one could neither go on nor be begun anew."""
     own = config.with_name(f".{config.name}.{uuid4().hex[:12]}.tmp")
     try:
-        with whole_file(own) as file:
-            file.write(_json(content, indent=1) + b"\n")
+        write_whole(own, _json(content, indent=1) + b"\n")
         os.link(own, config)  # unlike a rename it never replaces one
         sync(config.parent)
     except FileExistsError:

@@ -3,12 +3,14 @@ folder's entry. And the lock of one that is written for as long as a run takes."
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from esfast.errors import EsfastError, StateError
 
@@ -41,6 +43,21 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             f"cannot write {path}: {error.strerror or error}. Free some space, or name another "
             f"file in a folder that is there."
         ) from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`path` with this content; errors as of `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """`path` as CSV, its columns named; errors as of `whole_file`."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def remove_leftover_files(*folders: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_run_killed_at_a_file_goes_on_to_the_same_bits(tmp_path, whole, monkey
 
 def end_at(folder: RunFolder, name: str, count: int, after: bool, monkeypatch) -> None:
     """Ends the process before or after the `count`-th write of the file."""
-    method = "add_metrics" if name == "metrics.jsonl" else "_replace"
+    method = {"metrics.jsonl": "add_metrics", PROMPTS: "write_lines"}.get(name, "write")
     write, seen = getattr(folder, method), []
 
     def ending(*arguments: Any) -> None:

@@ -44,12 +44,12 @@ from study_rows import (
     write_csv,
 )
 from study_runs import DIAGNOSED, Runner, Work, control_step, process
-from study_summary import markdown, write_markdown
+from study_summary import markdown
 from study_table import ROOT, SCALES, Scale, StudyRun
 
 from esfast.errors import ConfigError, EsfastError
 from esfast.provenance import commit, device_name, one_line, provenance
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 INTERRUPTED, MENDABLE = 130, 2
 RESULTS = Path("benchmarks") / "results" / "forgetting"
@@ -166,7 +166,7 @@ def analyse(scale: Scale, work: Work, output: Path, report: bool) -> None:
     origin = {"commit": commit(), "device": made["device"], "threads": scale.threads}
     for name, table in tables.items():
         write_csv(output / f"{name}.csv", stamped(table, origin, rows))
-    write_markdown(output / "summary.md", markdown(rows, curves, controls))
+    write_whole(output / "summary.md", markdown(rows, curves, controls).encode())
     _write_json(output / "study.json", made)
     drawn = Drawing(rows, curves, one_line(made)).draw(output)
     print(f"study: {len(rows)} runs, {len(columns(rows))} columns, {len(drawn)} pictures: {output}")
@@ -189,8 +189,7 @@ def _relative(arguments: Sequence[str]) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps({**content, "commit": commit()}, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps({**content, "commit": commit()}, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

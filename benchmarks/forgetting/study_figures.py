@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_rows import TARGET, Row
+from study_rows import TARGET, Row, columns
 
 from esfast.plots import picture
 
@@ -157,7 +157,7 @@ class Drawing:
 
     def _kl_panels(self) -> list[Panel]:
         diagnosed = [row for row in self.main if "norm" in row]
-        names = [name for name in columns_of(diagnosed) if name.startswith("kl_")]
+        names = [name for name in columns(diagnosed) if name.startswith("kl_")]
         there = [name for name in names if all(name in row for row in diagnosed)]
 
         def panel(column: str) -> Panel:
@@ -193,7 +193,7 @@ class Drawing:
     def _sweep_panels(self) -> list[Panel]:
         kl = [
             name
-            for name in columns_of(self.sweep)
+            for name in columns(self.sweep)
             if name.startswith("kl_base_first_") and _strengths(self.sweep, name) > 1
         ]
         prior = [f"{task}_change" for task in self.tasks if task != TARGET]
@@ -219,7 +219,7 @@ class Drawing:
             return draw
 
         panels = [
-            panel(*group) for group in groups if any(n in columns_of(self.sweep) for n in group[1])
+            panel(*group) for group in groups if any(n in columns(self.sweep) for n in group[1])
         ]
         return [*panels, self._trade_off]
 
@@ -245,11 +245,6 @@ class Drawing:
 def _strengths(rows: Sequence[Row], name: str) -> int:
     """At how many strengths of decay the rows have `name`."""
     return len({row["alpha_lambda"] for row in rows if name in row})
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """All columns of the rows."""
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _lines(axes: Any, rows: Sequence[Row], label: str, colour: str) -> None:

@@ -9,7 +9,6 @@ empty cell. The interval of a mean over seeds is Student's, t * s / sqrt(n): wit
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from esfast.journal import read_journal
 from esfast.prior.evaluation import PRIOR
 from esfast.prior.scores import PriorScore, outcome
 from esfast.run_folder import CONFIG, METRICS, SUMMARY, read_json, read_lines
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_table
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """t of a 95 % interval at 1, 2, ... degrees of freedom."""
@@ -258,13 +257,8 @@ def stamped(rows: Sequence[Row], origin: Row, runs: Sequence[Row]) -> list[Row]:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The rows as CSV, six significant digits; appears whole."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    cells = ({name: _cell(value) for name, value in row.items()} for row in rows)
+    write_table(path, columns(rows), cells)
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -32,7 +32,7 @@ import esfast
 from esfast.errors import ConfigError, EsfastError
 from esfast.html_report.run_data import DIAGNOSTICS
 from esfast.run_folder import CONFIG, MODEL, SUMMARY, append_line, read_json, read_lines
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 DIAGNOSED = DIAGNOSTICS.name
 STORED = "-as-bfloat16"
@@ -96,8 +96,7 @@ class Work:
                 f"{self.path} has a run {run.key!r} with other settings ({path}); give another "
                 "folder with --work, or remove that run and this file."
             )
-        with whole_file(path) as file:
-            file.write(asked.encode())
+        write_whole(path, asked.encode())
 
 
 def finished(folder: Path) -> bool:

@@ -7,11 +7,8 @@ says as much. "Told apart" is one that leaves out 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from study_rows import TARGET, Row, columns, mean_and_interval, paired
-
-from esfast.whole_file import whole_file
 
 PLAIN = "ES, N"
 WIDE = 1e9
@@ -27,12 +24,6 @@ def markdown(rows: Sequence[Row], curves: Sequence[Row], controls: Sequence[Row]
     if controls:
         parts.append(("Changes of one length", _controls(controls)))
     return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts)
-
-
-def write_markdown(path: Path, text: str) -> None:
-    """The tables, at once."""
-    with whole_file(path) as file:
-        file.write(text.encode())
 
 
 def cell(values: Sequence[float]) -> str:

@@ -50,7 +50,7 @@ from esfast.provenance import commit, device_name, one_line, provenance
 from esfast.resources import require_memory, usable_cores
 from esfast.train_flags import positive, thread_count
 from esfast.weights import MEMORIES
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 BESIDE_TABLE = 200_000_000  # bytes: torch's temporaries, the peers' part, the cached tables
@@ -121,8 +121,7 @@ def run_bench(args: argparse.Namespace) -> int:
         out.print(note, style="yellow", highlight=False, soft_wrap=True)
     rows = _measured(plan, load, out, args.csv)
     if args.json is not None:
-        with whole_file(args.json) as file:
-            file.write(json.dumps(record(made, rows), indent=1).encode() + b"\n")
+        write_whole(args.json, json.dumps(record(made, rows), indent=1).encode() + b"\n")
     if args.plot is not None:
         draw_roofline(args.plot, rows, one_line(made))
     return 0

@@ -9,7 +9,6 @@ time / the measured one.
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,7 +27,7 @@ from esfast.bench.workload import (
     Case,
 )
 from esfast.errors import DataError
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_table
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,7 @@ def merge_csv(path: Path, fresh: Sequence[Row]) -> None:
     """
     rows = {_key(row): row for row in read_csv(path)}
     rows.update({_key(row): row for row in map(_text, fresh)})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows[key] for key in sorted(rows, key=_natural))
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_table(path, COLUMNS, (rows[key] for key in sorted(rows, key=_natural)))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -12,8 +12,6 @@ tables are whole.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 
 from esfast.diagnosis.plots import draw
 from esfast.diagnosis.records import Row, models, scored
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_table, write_whole
 
 NAME = "forgetting.json"
 
@@ -40,22 +38,15 @@ def write_files(folder: Path, found: dict[str, Any], plots: bool) -> list[Path]:
         "scores.csv": _scores(found),
     }
     written = [_csv(folder / name, list(rows)) for name, rows in tables.items()]
-    with whole_file(folder / NAME) as file:
-        file.write(json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
+    write_whole(folder / NAME, json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
     pictures = draw(folder, found) if plots else []
     return [path for path in [*written, folder / NAME, *pictures] if path.exists()]
 
 
 def _csv(path: Path, rows: list[Row]) -> Path:
     """Nothing where there are no rows."""
-    if not rows:
-        return path
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    if rows:
+        write_table(path, list(rows[0]), rows)
     return path
 
 

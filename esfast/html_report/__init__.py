@@ -37,7 +37,7 @@ from esfast.html_report.report_data import ReportData
 from esfast.html_report.run_data import RunData, Subject, read_runs, read_subjects
 from esfast.html_report.sequence import TaskChain, sequences
 from esfast.provenance import one_line
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 __all__ = ["RunData", "Subject", "build", "read_runs", "read_subjects"]
 
@@ -62,8 +62,7 @@ def build(
     drawn = _sections(report, chains, pictures)
     sections = [section for section in drawn if section.parts or section.missing]
     text = page(title or _title(report), _subtitle(report), sections, foot)
-    with whole_file(output) as file:
-        file.write(text.encode("utf-8"))
+    write_whole(output, text.encode("utf-8"))
     return pictures.write(figures_folder(output))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from esfast.errors import ConfigError
 from esfast.html_report.drawing import Draw, drawn
 from esfast.html_report.page import Html, figure
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 
 class Pictures:
@@ -33,6 +33,5 @@ class Pictures:
                 "--output."
             ) from None
         for name, data in self._files.items():
-            with whole_file(folder / f"{name}.png") as file:
-                file.write(data)
+            write_whole(folder / f"{name}.png", data)
         return [folder / f"{name}.png" for name in self._files]

@@ -31,7 +31,7 @@ from esfast.run_folder import NO_JSON, append_line, read_lines
 from esfast.tasks import TASKS, Task, make_task
 from esfast.tasks.custom import Custom
 from esfast.tasks.questions import Questions
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 PRIOR = "prior.jsonl"
 HARNESS = "lm_eval:"
@@ -214,9 +214,8 @@ class PriorTasks:
         self.scores = kept + new
         if not self.scores and not data:
             return
-        with whole_file(path) as file:
-            for score in self.scores:
-                file.write(json.dumps(score.record(), ensure_ascii=False).encode() + b"\n")
+        lines = [json.dumps(score.record(), ensure_ascii=False) + "\n" for score in self.scores]
+        write_whole(path, "".join(lines).encode())
 
     def due(self, generation: int, last: int) -> bool:
         """Whether to evaluate at `generation` of a run that ends at `last`: something is not known

@@ -35,7 +35,7 @@ from esfast.tasks.base import Example, Score, split
 from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula, is_plain
 from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
-from esfast.whole_file import whole_file
+from esfast.whole_file import write_whole
 
 HELD_OUT_SHARE = 0.2
 SOLVED = 0.99
@@ -174,7 +174,8 @@ def _cached_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         pass
     rows = _made_rows(name, config)
     with suppress(OSError):  # made again next time
-        _write(path, json.dumps(rows))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(rows).encode())
     return from_json(rows)
 
 
@@ -199,9 +200,3 @@ def _made_rows(name: str, config: dict[str, Any]) -> Any:
             "other options, or another data set."
         )
     return told["rows"]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(text.encode())
