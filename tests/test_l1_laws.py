@@ -139,7 +139,7 @@ def test_the_chain_meets_the_closed_form_on_a_fine_grid(pull: float) -> None:
 
 def test_the_solved_density_is_laplace_for_weak_pulls() -> None:
     """E x^2 = q^4 / (2 tau^2) - q^2 / 2 + 0.33 tau q, solved."""
-    found = l1_walk._solved(1.0, 0.05, math.inf)
+    found = l1_walk._solved(0.05, math.inf)
     assert abs(found.variance - (200 - 0.5 + 0.3317 * 0.05)) < 1e-3
     assert near(float(found.masses[0]), l1_walk.zero_share(1.0, 0.05), 1e-3)
 

@@ -36,7 +36,7 @@ def variance(step: float, pull: float, generations: float = math.inf) -> float:
     """E x^2 after T generations from 0, or at rest; step: q, pull: tau > 0, in one unit."""
     if pull < WEAK * step:
         return _weak_variance(step, pull, generations)
-    return _solved(1.0, pull / step, generations).variance * step**2
+    return _solved(pull / step, generations).variance * step**2
 
 
 def zero_share(step: float, pull: float) -> float:
@@ -44,7 +44,7 @@ def zero_share(step: float, pull: float) -> float:
     ratio = pull / step
     if ratio < WEAK:
         return 2 * ratio**2 * math.exp(-2 * OVERSHOOT * ratio)
-    return float(_solved(1.0, ratio, math.inf).masses[0])
+    return float(_solved(ratio, math.inf).masses[0])
 
 
 def variances(steps: Sequence[float], pulls: Sequence[float]) -> np.ndarray:
@@ -82,7 +82,7 @@ def rounded_variance(
     if states > _FEW_STATES:
         return variance(noisy, pull, generations)
     chances = _grid_chances(step, pull, states)
-    return float(_state_after(chances, generations) @ np.arange(states + 1.0) ** 2)
+    return float(state_after(chances, generations) @ np.arange(states + 1.0) ** 2)
 
 
 def _weak_variance(step: float, pull: float, generations: float) -> float:
@@ -172,15 +172,15 @@ def _chances(positions: np.ndarray, step: float, pull: float, grid: _Grid) -> np
     return np.asarray(chances / chances.sum(axis=0))
 
 
-def _solved(step: float, pull: float, generations: float) -> _Density:
-    """The density after T generations of one kind, or at rest."""
-    grid = _grid(np.array([step]), pull)
+def _solved(pull: float, generations: float) -> _Density:
+    """The density after T generations of steps of 1, or at rest."""
+    grid = _grid(np.ones(1), pull)
     positions = np.append(0.0, grid.nodes)
-    chances = _chances(positions, step, pull, grid)
-    return _Density(positions, _state_after(chances, generations))
+    chances = _chances(positions, 1.0, pull, grid)
+    return _Density(positions, state_after(chances, generations))
 
 
-def _state_after(chances: np.ndarray, generations: float) -> np.ndarray:
+def state_after(chances: np.ndarray, generations: float) -> np.ndarray:
     """Masses after T generations from the first state, or at rest; chances: columns of sum 1."""
     if not math.isinf(generations):
         return np.asarray(np.linalg.matrix_power(chances, round(generations))[:, 0])

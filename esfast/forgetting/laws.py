@@ -280,10 +280,7 @@ def _chain_variance(step: float, k: float, states: int) -> float:
     mean = [_folded_mean(away + shift, k * step) for shift in (-1, 0, 1)]
     chances = np.maximum(0.0, (mean[0] - 2 * mean[1] + mean[2]) / 2)
     chances /= chances.sum(axis=0)
-    balance = chances - np.eye(len(j))
-    balance[-1] = 1.0  # one balance follows from the others; the chances of all states sum to 1
-    stationary = np.linalg.solve(balance, np.append(np.zeros(len(j) - 1), 1.0))
-    return float(stationary @ j.astype(np.float64) ** 2)
+    return float(l1_walk.state_after(chances, math.inf) @ j.astype(np.float64) ** 2)
 
 
 def _folded_mean(mean: np.ndarray, spread: float) -> np.ndarray:
