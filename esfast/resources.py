@@ -18,7 +18,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 def available_memory() -> int | None:
     """Bytes that this process may still take without swapping; None where that is unknown."""
-    system = _meminfo(Path("/proc/meminfo"))
+    system = proc_bytes(Path("/proc/meminfo"), "MemAvailable")
     group = _group_room(GROUPS)
     known = [room for room in (system, group) if room is not None]
     return min(known, default=None)
@@ -65,15 +65,13 @@ def readable(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _meminfo(path: Path) -> int | None:
+def proc_bytes(path: Path, field: str) -> int | None:
+    """A field of a file of /proc (man 5 proc) that is in kB; None where there is none."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:")), None)
 
 
 def _group_room(groups: Path) -> int | None:

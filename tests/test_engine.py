@@ -332,20 +332,22 @@ def test_the_output_matrix_gets_its_input_in_one_piece(tokenizer: Any, monkeypat
 
 GROWTH = """
 import os, sys
+from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from tiny_models import byte_tokenizer, llama
 from esfast.engines.transformers import TransformersEngine
-from esfast.measure import _status_bytes
+from esfast.resources import proc_bytes
 
+status = Path("/proc/self/status")
 TransformersEngine(llama(), byte_tokenizer())
 print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 weight = torch.randn(576, 576).bfloat16()
 before = 0
 for rows in range(1, 257):
     torch.nn.functional.linear(torch.randn(rows, 576).bfloat16(), weight)
-    before = before or _status_bytes("RssAnon")
-print(_status_bytes("RssAnon") - before)
+    before = before or proc_bytes(status, "RssAnon")
+print(proc_bytes(status, "RssAnon") - before)
 """
 
 
