@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from esfast.checkpoint import SMALL_FILES
@@ -134,8 +133,7 @@ def _mends(resumed: bool) -> list[str]:
 def _weights(engine: Engine) -> tuple[int, int]:
     """Bytes and elements of the weights that an engine generates with."""
     specs = engine.live_weights().specs()
-    sizes = [(prod(spec.shape), 4 if spec.dtype == "float32" else 2) for spec in specs]
-    return sum(n * size for n, size in sizes), sum(n for n, _ in sizes)
+    return sum(spec.nbytes for spec in specs), sum(spec.elements for spec in specs)
 
 
 def _sizes(folder: Path) -> tuple[int, ...]:

@@ -37,7 +37,6 @@ from esfast.journal_format import (
     decode_header,
     encode,
     encode_header,
-    header_end,
     seal,
 )
 from esfast.whole_file import lock, sync, write_whole
@@ -101,8 +100,7 @@ def read_journal(run: str | Path) -> Journal:
 
 def parse(data: bytes, where: str) -> Journal:
     """A journal from its bytes; `where` names it in errors."""
-    header = decode_header(data, where)
-    at = header_end(data, where)
+    header, at = decode_header(data, where)
     records: list[Record] = []
     chains = [data[at - CHECK_BYTES : at]]
     generation = 0

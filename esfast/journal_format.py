@@ -49,6 +49,16 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def elements(self) -> int:
+        """How many it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return self.elements * (4 if self.dtype == "float32" else 2)
+
 
 @dataclass(frozen=True)
 class JournalHeader:
@@ -300,8 +310,7 @@ def encode_header(header: JournalHeader) -> bytes:
     return data + check_of(b"", data)
 
 
-def header_end(data: bytes, where: str) -> int:
-    """Where the records start. Raises DataError for another format, version or a damaged header."""
+def _header_end(data: bytes, where: str) -> int:
     if len(data) < PREFIX.size or not data.startswith(MAGIC):
         raise DataError(
             f"'{where}' is no journal: it starts with {data[:8]!r}, expected {MAGIC!r}. Give a "
@@ -327,12 +336,14 @@ def header_end(data: bytes, where: str) -> int:
     return end
 
 
-def decode_header(data: bytes, where: str) -> JournalHeader:
-    """The header of a journal's bytes. Raises DataError as `header_end` does."""
-    end = header_end(data, where)
+def decode_header(data: bytes, where: str) -> tuple[JournalHeader, int]:
+    """The header of a journal's bytes, and where the records start. Raises DataError for another
+    format or version, and for a damaged header."""
+    end = _header_end(data, where)
     try:
         packed = data[PREFIX.size : end - CHECK_BYTES]
-        return _header_of(json.loads(zlib.decompressobj().decompress(packed, LARGEST_HEADER)))
+        content = json.loads(zlib.decompressobj().decompress(packed, LARGEST_HEADER))
+        return _header_of(content), end
     except (
         *(zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError),
         *(OverflowError, ConfigError),

@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,7 @@ from esfast.anchor import Anchor
 from esfast.errors import ConfigError, DataError, StateError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal import Journal, JournalWriter, journal_path
-from esfast.journal_format import (
-    GenerationRecord,
-    JournalHeader,
-    Record,
-    SegmentRecord,
-    TensorSpec,
-)
+from esfast.journal_format import GenerationRecord, JournalHeader, SegmentRecord, TensorSpec
 from esfast.members import whole
 from esfast.parameters import ParameterTable
 from esfast.snapshots import load_snapshot
@@ -83,7 +76,7 @@ def usual_dtype(header: JournalHeader) -> torch.dtype:
     """Of most of the weights; a tensor that the model keeps in another is kept in it again."""
     counts: Counter[str] = Counter()
     for tensor in header.tensors:
-        counts[tensor.dtype] += prod(tensor.shape)
+        counts[tensor.dtype] += tensor.elements
     return getattr(torch, counts.most_common(1)[0][0]) if counts else torch.bfloat16
 
 
@@ -122,7 +115,8 @@ def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
     """DataError where `es` does not hold the weights and anchor that the journal starts from."""
     _require_tensors(header, es.weights.specs())
     es.weights.restore()
-    base, anchor = es.weights.checksum(), _anchor_checksum(header, es)
+    base = es.weights.checksum()
+    anchor = None if header.anchor_checksum is None else es.weights.anchor_checksum()
     if base != header.base_checksum:
         raise DataError(
             f"the base weights have checksum {base}, and the journal starts from "
@@ -136,10 +130,6 @@ def require_base(header: JournalHeader, es: EvolutionStrategy) -> None:
             "with --anchor-model; a later stage of esfast continual pulls to the model that the "
             "sequence started from."
         )
-
-
-def _anchor_checksum(header: JournalHeader, es: EvolutionStrategy) -> str | None:
-    return None if header.anchor_checksum is None else es.weights.anchor_checksum()
 
 
 def strategy_of(
@@ -198,8 +188,8 @@ def replay(
             f"generation {last} is not there: the journal holds {done}, and the weights are at "
             f"{es.generation}."
         )
-    compared = 0
-    for record in _between(journal.records, es.generation, last):
+    first, compared = es.generation, 0
+    for record in (r for r in journal.records if first <= r.generation <= last):
         if verify and not isinstance(record, SegmentRecord) and record.checksum is not None:
             _require_checksum(es, record.checksum)
             compared += 1
@@ -207,10 +197,6 @@ def replay(
             es.apply(record)
             after(es.generation)
     return compared
-
-
-def _between(records: Iterable[Record], first: int, last: int) -> Iterable[Record]:
-    return (record for record in records if first <= record.generation <= last)
 
 
 def _require_checksum(es: EvolutionStrategy, recorded: str) -> None:

@@ -10,7 +10,6 @@ The base has to be the run's to the bit, in the dtype that it was trained in (bo
 from __future__ import annotations
 
 import argparse
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.failures import visible
 from esfast.journal import Journal, export_journal, journal_path, read_journal
-from esfast.journal_format import JournalHeader
 from esfast.models import load_model, model_folder, without_bars
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
@@ -117,17 +115,14 @@ def run_export(args: argparse.Namespace) -> int:
     model = str(journal.header.run.get("model", "not recorded"))
     name = Path(model).name if Path(model).is_absolute() else model
     size = export_journal(journal, args.output, {"model": name})
+    weights = sum(tensor.nbytes for tensor in journal.header.tensors)
     _say(
         Console(),
         f"{len(journal.generations)} generations in {args.output}: {size:,} bytes, against "
-        f"{_weights_bytes(journal.header):,} of weights. It names its base model ({name}) and the "
+        f"{weights:,} of weights. It names its base model ({name}) and the "
         "base's checksum; esfast apply needs both files.",
     )
     return 0
-
-
-def _weights_bytes(header: JournalHeader) -> int:
-    return sum(prod(t.shape) * (4 if t.dtype == "float32" else 2) for t in header.tensors)
 
 
 def _with_bar(

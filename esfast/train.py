@@ -13,7 +13,6 @@ goes on from its end, to the bit; its base is evaluated again, to compare with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -117,7 +116,7 @@ class Trainer(TrainingRun):
         )
         self.clock.lap(SETUP)
         self.es = es or strategy_over(self.engine, self.config, self._anchor)
-        self.account.parameters = sum(math.prod(spec.shape) for spec in self.es.weights.specs())
+        self.account.parameters = sum(spec.elements for spec in self.es.weights.specs())
         self._tell_memory(self.es)
         self._open_journal(self.es)
         self._caught_up = True

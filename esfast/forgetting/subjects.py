@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,7 +178,7 @@ class Run:
         """What the coefficients alone make of independent noise; None where no law is known."""
         if self._pulled_away:
             return None
-        elements = sum(prod(tensor.shape) for tensor in self.journal.header.tensors)
+        elements = sum(tensor.elements for tensor in self.journal.header.tensors)
         try:
             norms = norms_of_coefficients(self.journal.generations, elements)
         except ConfigError:  # l1 and l2 decay in turn
@@ -253,12 +252,19 @@ def names_of(sources: Sequence[str]) -> list[str]:
     parts = [p[:-1] if p[-1:] == (LEFT,) else p for p in whole]
     if len(set(parts)) < len(parts):  # a run and its model
         parts = whole
-    longest = max((len(p) for p in parts), default=1)
-    for depth in range(1, longest + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
+    names = told_apart(parts)
+    if names is None:
+        raise ConfigError("one run or checkpoint is given twice; give each once.")
+    return names
+
+
+def told_apart(paths: Sequence[tuple[str, ...]]) -> list[str] | None:
+    """The last parts of each path, as many as tell all apart; None where two are one."""
+    for depth in range(1, max(map(len, paths), default=1) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    raise ConfigError("one run or checkpoint is given twice; give each once.")
+    return None
 
 
 class _InDtypes(Mapping[str, torch.Tensor]):

@@ -45,7 +45,7 @@ def law(report: ReportData, pictures: Pictures) -> Section:
 
 def _elements(run: RunData) -> int:
     assert run.journal is not None
-    return sum(math.prod(tensor.shape) for tensor in run.journal.header.tensors)
+    return sum(tensor.elements for tensor in run.journal.header.tensors)
 
 
 def _law(run: RunData) -> np.ndarray | None:

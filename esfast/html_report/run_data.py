@@ -17,6 +17,7 @@ from typing import Any
 
 from esfast.errors import ConfigError, DataError
 from esfast.fast_slow.cycles import Cycle, read_cycles
+from esfast.forgetting.subjects import told_apart
 from esfast.journal import JOURNAL, Journal, read_journal
 from esfast.prior.evaluation import PRIOR, read_scores
 from esfast.prior.scores import PriorScore
@@ -168,7 +169,8 @@ def read_runs(paths: Sequence[str], names: Sequence[str] | None = None) -> list[
     folders = [Path(path).expanduser() for path in paths]
     if len({folder.resolve() for folder in folders}) != len(folders):
         raise ConfigError("a run is given twice; give each once.")
-    chosen = list(names) if names is not None else _names(folders)
+    own = told_apart([folder.resolve().parts for folder in folders]) or []
+    chosen = own if names is None else list(names)
     if len(chosen) != len(folders) or len(set(chosen)) != len(chosen) or not all(chosen):
         raise ConfigError(
             f"--names has {', '.join(chosen)} for {len(folders)} runs; give one name a run, "
@@ -290,13 +292,3 @@ def _lines(path: Path) -> tuple[Record, ...]:
 
 def _generation(record: Mapping[str, Any]) -> int:
     return int(record["generation"])
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
