@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,15 +128,13 @@ def segments(
     tp_size: int,
     *,
     checkpoint: Mapping[str, Sequence[int]],
-    only: Collection[str] | None = None,
 ) -> list[Segment]:
     """The canonical elements that this rank's parameters hold, sorted by name and start.
 
     model: a vLLM model whose parameters hold their values (keep what a backend packs); checkpoint:
-    name -> shape of every stored tensor (`esfast.checkpoint.stored_shapes`); only: edit these
-    canonical names alone (a journal's). Elements that several ranks hold (norms, biases of
-    row-parallel layers, replicated key heads) get `counted=True` on one of them, so that the
-    ranks' checksums add up to the whole's. Padding belongs to no segment.
+    name -> shape of every stored tensor (`esfast.checkpoint.stored_shapes`). Elements that several
+    ranks hold (norms, biases of row-parallel layers, replicated key heads) get `counted=True` on
+    one of them, so that the ranks' checksums add up to the whole's. Padding belongs to no segment.
 
     Raises ParameterError, naming what it is, for quantised or packed-away weights, expert
     parallelism, weights that vLLM computes while loading, and parameters that nothing is loaded to.
@@ -146,12 +144,11 @@ def segments(
     copied = list(watch.copied)
     _check_coverage(model, copied, watch.filled)
     parameters = dict(model.named_parameters())
-    wanted = [note for note in copied if only is None or note.name in only]
     held = Counter[str]()
-    for note in wanted:
+    for note in copied:
         held[note.name] += math.prod(note.sizes)
     found = []
-    for note in wanted:
+    for note in copied:
         shape = tuple(checkpoint[note.name])
         segment = _segment(note, shape, parameters[note.parameter])
         everywhere = held[note.name] == math.prod(shape)

@@ -78,7 +78,7 @@ class Shard:
         with all_cores():
             self._weights = weights_of(self.table, memory, where, share)
         specs = [asdict(spec) for spec in self.table.specs]
-        return {"specs": specs, "derived": self.kept.derived.modules, "threads": share}
+        return {"specs": specs, "derived": self.kept.derived.modules}
 
     def anchor(self) -> None:
         """Makes the weights as they are now, with the member that is applied, what decay pulls to;
