@@ -55,14 +55,7 @@ class FunctionReflection:
         """target: module:function or path/to/file.py:function. Raises ConfigError where it cannot
         be loaded."""
         self._process = RewardProcess(target, limits.timeout, limits.bytes_each())
-        try:
-            self._process.start()
-        except RewardFailure as failure:
-            self.close()
-            raise ConfigError(
-                f"cannot load the reflection function {target!r}: {failure}. Expected "
-                "module:function (importable from the current folder) or path/to/file.py:function."
-            ) from None
+        self._process.require_loads("reflection")
 
     def __call__(self, prompt: str, seed: int) -> Completion:
         """What the function returns; it is told no seed, so its repeating is its own matter."""

@@ -134,6 +134,16 @@ class RewardProcess:
             self._end()
             raise RewardFailure(str(ready["error"]))
 
+    def require_loads(self, kind: str) -> None:
+        """`start`; ConfigError where the function, a `kind` function, cannot be loaded."""
+        try:
+            self.start()
+        except RewardFailure as failure:
+            raise ConfigError(
+                f"cannot load the {kind} function {self._arguments[0]!r}: {failure}. Expected "
+                "module:function (importable from the current folder) or path/to/file.py:function."
+            ) from None
+
     def call(self, row: Mapping[str, Any], completion: str) -> Score:
         """The score of one completion. Raises RewardFailure."""
         reply = self.ask({"example": row, "completion": completion})
@@ -226,7 +236,6 @@ class RewardPool:
 
     def __init__(self, target: str, limits: Limits) -> None:
         """Starts nothing; see `require_loads`."""
-        self.target = target
         memory = limits.bytes_each()
         self._processes = [
             RewardProcess(target, limits.timeout, memory) for _ in range(limits.workers)
@@ -239,13 +248,10 @@ class RewardPool:
     def require_loads(self) -> None:
         """Starts a process now. Raises ConfigError where the function cannot be loaded."""
         try:
-            self._processes[0].start()
-        except RewardFailure as failure:
+            self._processes[0].require_loads("reward")
+        except ConfigError:
             self.close()
-            raise ConfigError(
-                f"cannot load the reward function {self.target!r}: {failure}. Expected "
-                "module:function (importable from the current folder) or path/to/file.py:function."
-            ) from None
+            raise
 
     def call(self, row: Mapping[str, Any], completion: str) -> Score:
         """The score of one completion, once a process is idle. Raises RewardFailure."""
