@@ -348,10 +348,7 @@ def result_lines(found: Mapping[str, Any]) -> list[str]:
 def _table(matrix: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(matrix[0]["scores"])
     width = max(len(name) for name in names)
-    heads = [
-        f"{row['after_stage']} {row['trained']}" if row["after_stage"] else "before"
-        for row in matrix
-    ]
+    heads = continual_plots.heads_of(matrix)
     wide = [max(7, len(head)) for head in heads]
     lines = [" " * width + "".join(f"  {h:>{w}}" for h, w in zip(heads, wide, strict=True))]
     for name in names:

@@ -92,6 +92,12 @@ def top_of(tasks: Sequence[Mapping[str, Any]]) -> float:
     return 1.35 * max([1.0, *shares])
 
 
+def heads_of(matrix: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the scores of each row were taken after."""
+    after = [(row["after_stage"], row["trained"]) for row in matrix]
+    return [f"{stage} {trained}" if stage else "before" for stage, trained in after]
+
+
 def _matrix(axes: Any, matrix: Sequence[Mapping[str, Any]], kind: str) -> None:
     names = list(matrix[0]["scores"])
     scores = [[row["scores"][name] for row in matrix] for name in names]
@@ -105,10 +111,6 @@ def _matrix(axes: Any, matrix: Sequence[Mapping[str, Any]], kind: str) -> None:
                 colour = "white" if cell["score"] > 0.6 else "#222222"
                 axes.text(column, line, f"{cell['score']:.2f}\n[{low:.2f}, {high:.2f}]",
                           ha="center", va="center", color=colour, fontsize=8)  # fmt: skip
-    heads = [
-        f"{row['after_stage']} {row['trained']}" if row["after_stage"] else "before"
-        for row in matrix
-    ]
-    axes.set_xticks(range(len(heads)), heads, fontsize=8)
+    axes.set_xticks(range(len(matrix)), heads_of(matrix), fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(title=f"{kind} scores after each stage, 95 % intervals")

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ def draw(folder: Path, found: Row) -> list[Path]:
     subjects = [s for s in found["subjects"] if s["drift"]]
     pictures: list[tuple[str, list[Panel]]] = [
         ("norm", [partial(_norm, found=found)]),
-        ("heat_rms", [partial(_heat, found=found, subject=s, value=_rms) for s in subjects]),
-        ("heat_sparsity", [partial(_heat, found=found, subject=s, value=None) for s in subjects]),
+        ("heat_rms", [partial(_heat, found=found, subject=s, rms=True) for s in subjects]),
+        ("heat_sparsity", [partial(_heat, found=found, subject=s, rms=False) for s in subjects]),
         ("sparsity", [partial(_bars, found=found, ulps=ulps) for ulps in (False, True)]),
         ("energy", [partial(_energy, found=found)]),
         ("kl", _kl_panels(found, OWN)),
@@ -53,7 +55,7 @@ def draw(folder: Path, found: Row) -> list[Path]:
 def _norm(axes: Any, found: Row) -> None:
     ends = [_last(subject)["whole"]["norm"] for subject in found["subjects"]]
     far_apart = 0 < FAR_APART * min(ends) < max(ends)
-    for colour, subject in zip(_colours(found), found["subjects"], strict=False):
+    for colour, subject in zip(cycle(COLOURS), found["subjects"], strict=False):
         if subject["kind"] == "checkpoint":
             norm = subject["drift"][0]["whole"]["norm"]
             axes.axhline(norm, color=colour, label=f"{subject['name']} (checkpoint)")
@@ -75,20 +77,16 @@ def _norm(axes: Any, found: Row) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _rms(change: Row) -> float | None:
-    return change["rms"]
-
-
-def _heat(axes: Any, found: Row, subject: Row, value: Callable[[Row], float | None] | None) -> None:
-    """Rows: layers from 0, then what lies outside them. value None: the share below 1e-6."""
+def _heat(axes: Any, found: Row, subject: Row, rms: bool) -> None:
+    """Rows: layers from 0, then what lies outside them. rms: of it, else the share below 1e-6."""
     record = subject["drift"][-1]
     cells = {(cell["layer"], cell["group"]): cell for cell in record["cells"]}
     layers: list[int | None] = [int(layer) for layer in record["layers"]]
     layers += [None] if any(layer is None for layer, _ in cells) else []
     groups = [group for group in found["groups"] if group in record["groups"]]
-    shown = value or partial(sparsity, found)
+    shown = itemgetter("rms") if rms else partial(sparsity, found)
     rows = [[_or_nan(cells.get((layer, g)), shown) for g in groups] for layer in layers]
-    top = 1.0 if value is None else _top(found, subject)
+    top = _top(found, subject) if rms else 1.0
     style = {"aspect": "auto", "cmap": "viridis", "interpolation": "nearest"}
     image = axes.imshow(rows, vmin=0.0, vmax=top, **style)
     axes.figure.colorbar(image, ax=axes)
@@ -100,7 +98,7 @@ def _heat(axes: Any, found: Row, subject: Row, value: Callable[[Row], float | No
     axes.set_yticks(ticks, names)
     axes.set_xticks(range(len(groups)), [g.replace("attention_", "attn. ") for g in groups])
     axes.tick_params(axis="x", labelsize=8)
-    what = "share |Δ| < 1e-6" if value is None else "rms of Δ"
+    what = "rms of Δ" if rms else "share |Δ| < 1e-6"
     axes.set(title=f"{_short(subject['name'])}: {what}{_at(record)}", ylabel="layer")
 
 
@@ -131,7 +129,7 @@ def _bars(axes: Any, found: Row, ulps: bool) -> None:
         changes = [record["whole"], *(record["groups"].get(g) for g in groups)]
         series.append([_or_nan(change, partial(value, found)) for change in changes])
     names = [s["name"] for s in found["subjects"]]
-    _clusters(axes, ["all", *groups], names, series, _colours(found))
+    _clusters(axes, ["all", *groups], names, series, COLOURS)
     axes.set_ylim(0, 1.0 + LEGEND)
     axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     title = "Change of at most one unit in the last place" if ulps else "Sparsity, |Δ| < 1e-6"
@@ -168,7 +166,7 @@ def _clusters(
 
 def _energy(axes: Any, found: Row) -> None:
     shares = found["energy_shares"]
-    for colour, subject in zip(_colours(found), found["subjects"], strict=False):
+    for colour, subject in zip(cycle(COLOURS), found["subjects"], strict=False):
         held = _last(subject)["energy"]["whole"]["held"]
         if held[0] is not None:
             axes.plot(shares, held, color=colour, marker="o", markersize=3, label=subject["name"])
@@ -253,10 +251,6 @@ def _scores(axes: Any, there: list[tuple[str, list[Row]]]) -> None:
     _clusters(axes, ticks, [name for name, _ in there], series, colours, spans)
     axes.set(title="Score, changes of one length", ylabel="score, 95 % over prompts")
     axes.set_ylim(0, _highest(series, spans) * (1 + LEGEND))
-
-
-def _colours(found: Row) -> list[str]:
-    return [COLOURS[n % len(COLOURS)] for n in range(len(found["subjects"]))]
 
 
 def _last(subject: Row) -> Row:

@@ -31,7 +31,6 @@ from esfast.tasks.base import Example, Task
 if TYPE_CHECKING:
     from esfast.engines.transformers import TransformersEngine
 
-KINDS = ("target", "prior")
 Count = Callable[[int], None]
 
 

@@ -48,14 +48,13 @@ body {
   color: var(--ink); line-height: 1.5;
   font-family: Charter, "Bitstream Charter", "Source Serif 4", Cambria, Georgia, serif;
 }
-h1, h2, h3, nav, th, td, .caption, figcaption, .absent, footer, .subtitle, .runs {
+h1, h2, nav, th, td, .caption, figcaption, .absent, footer, .subtitle {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em;
   overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .6rem; padding-top: .7rem;
   border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p { margin: .5rem 0 .9rem; max-width: 46rem; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -113,7 +112,7 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   table { font-size: 7.5pt; }
   th, td { padding-right: .5rem; }
   table.numbers td, table.numbers thead th:not(:first-child) { padding-left: .4rem; }
-  .caption, h3 { break-after: avoid; }
+  .caption { break-after: avoid; }
   .wide { overflow: visible; }
   a { color: inherit; }
 }
