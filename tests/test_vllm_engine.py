@@ -259,6 +259,15 @@ def test_generation_is_repeated(engine: Any, weights: Any) -> None:
     assert engine.generate([], SHORT) == []
 
 
+def test_another_system_prompt_is_another_plan(
+    engine: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = engine.generate(["a"], SHORT)
+    monkeypatch.setattr(engine, "system_prompt", "Be brief.")
+    (told_first,) = engine.generate(["a"], SHORT)
+    assert told_first.prompt_tokens > plain.prompt_tokens
+
+
 def test_a_stop_text_ends_an_answer(engine: Any, weights: Any) -> None:
     whole = engine.generate(["abc"], Sampling(12))[0]
     stop = next(c for c in whole.text[2:] if c.isascii() and c not in whole.text[:2])

@@ -209,7 +209,7 @@ class VLLMEngine:
             texts = tuple({"prompt_token_ids": row} for row in ids)
             return _Rows(texts, tuple(len(row) for row in ids))
 
-        return prompting.kept(self._plans, prompting.key(prompts), make)
+        return prompting.kept(self._plans, (self.system_prompt, prompting.key(prompts)), make)
 
     def _context(self) -> int:
         return int(self._llm.llm_engine.model_config.max_model_len)
