@@ -9,17 +9,22 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import reference
 import torch
 from reference import Bits
 
-from esfast import ParameterTable, Weights
+from esfast import ParameterTable, Weights, _core
 from esfast.members import NOISES as NOISES
 from esfast.members import Member
 
 DTYPES = ("bfloat16", "float16", "float32")
 MODES = ("lean", "shadow")
 TORCH = {name: getattr(torch, name) for name in DTYPES}
+NEEDS_KERNELS = pytest.mark.skipif(
+    not (torch.cuda.is_available() and hasattr(_core, "cuda")),
+    reason="no CUDA device, or no kernels in this build",
+)
 _STORED = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
 

@@ -137,6 +137,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file's own `place`, the current folder while a test runs."""
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
 def given_up_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Told how completions begin that hang: a reward process waits half a second for those, and a
     minute for the others and for its end, which a machine that stalls may need."""

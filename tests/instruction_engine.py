@@ -11,32 +11,20 @@ import io
 from pathlib import Path
 from typing import Any
 
-import torch
-from number_engine import SIZE, Targets
+from number_engine import SIZE, NumberEngine, Targets
 from rich.console import Console
 
-from esfast import ParameterTable, StrategyConfig
+from esfast import StrategyConfig
 from esfast.engines.base import Completion, Sampling
 from esfast.fast_slow.instructed import Instructed
 from esfast.fast_slow.trainer import FastSlowConfig, FastSlowTrainer
 from esfast.run_folder import RunFolder
-from esfast.weights import weights_of
 
 MADE = {"made": {"esfast": "0"}, "model": "numbers", "task": {"name": "targets"}}
 
 
-class InstructionEngine:
-    """`before_call(n)` runs before the n-th generate; `seen` are the lists of prompts."""
-
-    def __init__(self, before_call=lambda call: None):
-        self.weights = torch.zeros(SIZE)
-        self._table = ParameterTable.from_tensors({"weights": self.weights})
-        self.tokens_generated = 0
-        self.seen: list[tuple[list[str], Sampling]] = []
-        self.before_call = before_call
-
-    def live_weights(self, memory="lean", anchor=False, threads=None):
-        return weights_of(self._table, memory, anchor, threads)
+class InstructionEngine(NumberEngine):
+    """`seen` are the lists of prompts, each with how they were sampled."""
 
     def generate(self, prompts, sampling):
         self.before_call(len(self.seen))
@@ -51,12 +39,6 @@ class InstructionEngine:
         missing, marks = int(number) / SIZE - weight, instruction.count("!")
         helped = min(marks, 4) / 16 + (marks % 3 == int(number) % 3 and marks > 0) / 2
         return f"{weight + missing * helped:.9g}"
-
-    def weights_changed(self):
-        pass
-
-    def close(self):
-        pass
 
 
 class Stubborn(InstructionEngine):
@@ -89,8 +71,3 @@ def make_trainer(
     )
     made.progress.console = Console(file=io.StringIO(), width=300)
     return made
-
-
-def said(trainer: FastSlowTrainer) -> str:
-    """What the run wrote on its console."""
-    return trainer.progress.console.file.getvalue()

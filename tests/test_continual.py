@@ -190,12 +190,6 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def there(place, monkeypatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
-
-
 def weights(folder: str) -> bytes:
     return (Path(folder) / "model.safetensors").read_bytes()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from test_cli import run
-from test_continual import STAGES, place, there
+from test_continual import STAGES, place
 
 from esfast.prior.evaluation import PRIOR
 from esfast.run_folder import alone, read_json
 
-__all__ = ["place", "there"]
+__all__ = ["place"]
 
 
 @pytest.mark.parametrize(

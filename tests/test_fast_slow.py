@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from instruction_engine import InstructionEngine, make_trainer, said
-from number_engine import SIZE, Targets
+from instruction_engine import InstructionEngine, make_trainer
+from number_engine import SIZE, Targets, shown
 
 from esfast import ConfigError, DataError, shaping
 from esfast.cost import Tokens
@@ -168,8 +168,8 @@ def test_both_scores_are_measured_and_the_prompts_are_worth_something(tmp_path):
         assert both[1]["score"] > both[0]["score"]
     first, second = read_cycles(tmp_path / "run")
     assert first.held_out["generation"] == 0 and second.held_out["generation"] == 2
-    assert "under the first instruction" in said(trainer)
-    assert "prompt search" not in said(trainer).partition("held-out before")[0]
+    assert "under the first instruction" in shown(trainer)
+    assert "prompt search" not in shown(trainer).partition("held-out before")[0]
 
 
 def test_fewer_prompts_than_asked_for_are_said(tmp_path):
@@ -181,8 +181,8 @@ def test_fewer_prompts_than_asked_for_are_said(tmp_path):
     (first, second) = read_cycles(tmp_path / "run")
     assert first.prompts == second.prompts == ("Count.",)
     assert first.failed == ({"reason": "nothing comes to mind", "count": first.reflections},)
-    assert "1 of 1 prompts kept (2 asked for, the Pareto front has no more)" in said(trainer)
-    assert f"{first.reflections} times no proposal: nothing comes to mind" in said(trainer)
+    assert "1 of 1 prompts kept (2 asked for, the Pareto front has no more)" in shown(trainer)
+    assert f"{first.reflections} times no proposal: nothing comes to mind" in shown(trainer)
 
 
 def test_the_best_prompt_of_the_cycle_before_joins_whatever_three_answers_are_worth():

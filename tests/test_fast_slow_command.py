@@ -64,12 +64,6 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def there(place, monkeypatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
-
-
 def test_a_run_leaves_its_prompts_scores_and_account(there):
     cycles = read_cycles(Path("whole"))
     assert [cycle.generation for cycle in cycles] == [0, 2] and len(cycles[0].prompts) > 1

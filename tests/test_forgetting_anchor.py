@@ -55,12 +55,6 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def there(place, monkeypatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
-
-
 def diagnosed(output: Path, *arguments: str) -> int:
     drift_alone = ("--no-kl", "--score", "0", "--no-plots", "--output", str(output))
     return run("forgetting", *arguments, "--base", "base", *drift_alone)

@@ -16,6 +16,7 @@ import torch
 from cases import (
     DTYPES,
     MODES,
+    NEEDS_KERNELS,
     NOISES,
     TORCH,
     assert_bits,
@@ -33,7 +34,6 @@ from esfast import (
     ParameterTable,
     StateError,
     Weights,
-    _core,
     anchor_stream,
     shaping,
 )
@@ -41,13 +41,7 @@ from esfast.device_shaping import shape_on_device
 from esfast.members import Member
 from esfast.segments import Segment
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and hasattr(_core, "cuda")),
-        reason="no CUDA device, or no kernels in this build",
-    ),
-]
+pytestmark = [pytest.mark.gpu, NEEDS_KERNELS]
 MEMORIES = (*MODES, "master")
 
 

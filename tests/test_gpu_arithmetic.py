@@ -5,17 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import assert_bits
+from cases import NEEDS_KERNELS, assert_bits
 
 from esfast import _core
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and hasattr(_core, "cuda")),
-        reason="no CUDA device, or no kernels in this build",
-    ),
-]
+pytestmark = [pytest.mark.gpu, NEEDS_KERNELS]
 
 
 def test_square_roots_exhaustively() -> None:
