@@ -131,8 +131,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny_models
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_models.llama().save_pretrained(folder)
-    tiny_models.byte_tokenizer().save_pretrained(folder)
+    tiny_models.save(tiny_models.llama(), folder)
     return folder
 
 

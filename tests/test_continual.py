@@ -180,8 +180,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("continual")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tiny_models.llama(num_hidden_layers=1).bfloat16().save_pretrained("model")
-        tiny_models.byte_tokenizer().save_pretrained("model")
+        tiny_models.save(tiny_models.llama(num_hidden_layers=1).bfloat16(), "model")
         Path("rewards.py").write_text(REWARDS)
         for name in ("one", "two"):
             rows = [{"prompt": f"Say {name} {n}."} for n in range(12)]

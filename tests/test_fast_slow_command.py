@@ -55,8 +55,7 @@ def place(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         model = tiny_models.llama(num_hidden_layers=1, max_position_embeddings=2048)
-        model.bfloat16().save_pretrained("model")
-        tiny_models.byte_tokenizer().save_pretrained("model")
+        tiny_models.save(model.bfloat16(), "model")
         Path("mine.py").write_text(FUNCTIONS)
         rows = [{"prompt": f"Word {n}."} for n in range(20)]
         Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

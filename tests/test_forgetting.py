@@ -13,7 +13,7 @@ import pytest
 import torch
 from forgetting_runs import GENERATIONS, command, found, numbers, train
 from rich.console import Console
-from tiny_models import byte_tokenizer, llama
+from tiny_models import llama, save
 
 from esfast import AnchoredDecay
 from esfast.diagnosis.plots import draw
@@ -30,8 +30,7 @@ def here(tmp_path_factory) -> Path:
     """A base in fp32, a run in bf16 and one in fp32 with decay, and another base."""
     folder = tmp_path_factory.mktemp("forgetting")
     for name, seed in (("base", 0), ("other", 1)):
-        llama(seed).save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
+        save(llama(seed), folder / name)
     train(folder / "base", folder / "es", "bfloat16", seed=1)
     train(folder / "base", folder / "awd", "float32", seed=2, decay=AnchoredDecay("l2", 5.0))
     return folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import run
-from tiny_models import byte_tokenizer, llama
+from tiny_models import llama, save
 
 from esfast import Anchor, AnchoredDecay, EvolutionStrategy, ParameterTable
 from esfast.models import load_model
@@ -46,8 +46,7 @@ def place(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, seed in (("base", 0), ("original", 1)):
-            llama(seed, num_hidden_layers=1).save_pretrained(name)
-            byte_tokenizer().save_pretrained(name)
+            save(llama(seed, num_hidden_layers=1), name)
         train(Path("far"), "original")
         train(Path("near"), None)
         train(Path("free"), None, decay=None)

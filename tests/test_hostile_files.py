@@ -13,7 +13,7 @@ import torch
 from report_runs import run_folder
 from rich.console import Console
 from test_resume import trainer
-from tiny_models import byte_tokenizer, llama
+from tiny_models import llama, save
 
 from esfast.checkpoint import weight_files
 from esfast.cli import main
@@ -162,8 +162,7 @@ def test_a_model_with_a_number_that_is_none(number: float, tmp_path: Path) -> No
     model = llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[7, 3] = number
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save(model, tmp_path)
     with pytest.raises(DataError, match=r"embed_tokens\.weight' .* holds NaN or infinity"):
         load_model(tmp_path)
 

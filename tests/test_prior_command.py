@@ -19,8 +19,7 @@ def flags(tmp_path, monkeypatch) -> list[str]:
     import tiny_models
 
     monkeypatch.chdir(tmp_path)
-    tiny_models.llama(num_hidden_layers=1).save_pretrained("model")
-    tiny_models.byte_tokenizer().save_pretrained("model")
+    tiny_models.save(tiny_models.llama(num_hidden_layers=1), "model")
     question_file(tmp_path, 6)
     return [
         *("train", "--model", "model", "--max-new-tokens", "4", "--population-size", "4"),

@@ -225,8 +225,7 @@ def tiny_model(tmp_path_factory) -> Path:
     import tiny_models
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_models.llama(**SMALLER).save_pretrained(folder)
-    tiny_models.byte_tokenizer().save_pretrained(folder)
+    tiny_models.save(tiny_models.llama(**SMALLER), folder)
     return folder
 
 
@@ -273,8 +272,7 @@ def test_an_anchor_that_is_not_the_runs_is_told(flags, capfd):
     import tiny_models
 
     for seed, name in enumerate(("first", "other")):
-        tiny_models.llama(seed=seed, **SMALLER).bfloat16().save_pretrained(name)
-        tiny_models.byte_tokenizer().save_pretrained(name)
+        tiny_models.save(tiny_models.llama(seed=seed, **SMALLER).bfloat16(), name)
     assert run(*flags, "--generations", "2", "--model", "first", "--output", "run") == 0
     base = ["--base", "first", "--anchor-model"]
     for anchor, told in (("other", True), ("first", False)):
@@ -288,8 +286,7 @@ def test_what_replay_cannot_do_is_said(flags, tiny_model, capfd):
     import tiny_models
 
     assert run(*flags, "--generations", "1", "--output", "run") == 0
-    tiny_models.llama(seed=1, **SMALLER).save_pretrained("other")
-    tiny_models.byte_tokenizer().save_pretrained("other")
+    tiny_models.save(tiny_models.llama(seed=1, **SMALLER), "other")
     free = [*flags, "--weight-decay-type", "none"]
     assert run(*free, "--generations", "1", "--output", "free") == 0
     assert run("export-adapter", "free", "-o", "free.esj") == 0

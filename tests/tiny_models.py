@@ -6,6 +6,8 @@ float32, so that greedy tokens do not depend on the order of sums.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -47,14 +49,14 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 def llama(seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random Llama of 259 tokens; `changes` go to its configuration."""
     torch.manual_seed(seed)
-    return _sharpen(LlamaForCausalLM(LlamaConfig(vocab_size=259, **{**SIZES, **changes})))
+    return sharpen(LlamaForCausalLM(LlamaConfig(vocab_size=259, **{**SIZES, **changes})))
 
 
 def mistral(seed: int = 0, window: int = 16) -> PreTrainedModel:
     """A random Mistral that looks `window` tokens back."""
     torch.manual_seed(seed)
     config = MistralConfig(vocab_size=259, sliding_window=window, **SIZES)
-    return _sharpen(MistralForCausalLM(config))
+    return sharpen(MistralForCausalLM(config))
 
 
 def gpt2(seed: int = 0) -> PreTrainedModel:
@@ -62,10 +64,16 @@ def gpt2(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=259, n_embd=48, n_layer=2, n_head=4, n_positions=512,
                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
-    return _sharpen(GPT2LMHeadModel(config))
+    return sharpen(GPT2LMHeadModel(config))
 
 
-def _sharpen(model: PreTrainedModel) -> PreTrainedModel:
+def save(model: PreTrainedModel, folder: str | Path) -> None:
+    """As a checkpoint lies, with a tokenizer of bytes."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     """Larger matrices than the usual 0.02, so that answers depend on the prompt."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import byte_tokenizer
+from tiny_models import save, sharpen
 
 from esfast import ParameterTable, Weights
 from esfast.engines.base import Sampling
@@ -32,12 +32,7 @@ def save_tiny(folder: Path, kind: str = "Llama", **changes: Any) -> Path:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(vocab_size=259, **{**SIZES, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8.0)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save(sharpen(model).to(torch.bfloat16), folder)
     return folder
 
 
