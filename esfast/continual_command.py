@@ -36,7 +36,7 @@ from esfast.prior import PriorTasks
 from esfast.prior.evaluation import OwnTask, PriorTask, label
 from esfast.prior.scores import KINDS
 from esfast.provenance import provenance
-from esfast.resume import PastRun, flags_of, given_flags
+from esfast.resume import PastRun, flag_of, flags_of, given_flags
 from esfast.run_folder import (
     CONFIG,
     PLOTS,
@@ -127,8 +127,8 @@ def _begun(args: argparse.Namespace) -> TaskSequence:
     """A new sequence, after everything was refused that can be."""
     given = [name for name in ONE_TASK if getattr(args, name) is not None]
     if given:
-        flag = given[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is of a single task; give a sequence with --tasks A,B,C.")
+        said = f"{flag_of(given[0])} is of a single task"
+        raise ConfigError(f"{said}; give a sequence with --tasks A,B,C.")
     if args.anchor == "stage" and args.anchor_model is not None:
         raise ConfigError("--anchor stage and --anchor-model are two anchors; leave one out.")
     if args.anchor == "stage" and args.weight_decay_type == "none":
@@ -158,8 +158,7 @@ def _taken_up(args: argparse.Namespace) -> TaskSequence:
     given = given_flags(args.command_line[start:], add_continual_arguments)
     others = sorted(given.keys() - {"resume"})
     if others:
-        flag = others[0].replace("_", "-")
-        raise ConfigError(f"a sequence goes on with its own flags; leave out --{flag}.")
+        raise ConfigError(f"a sequence goes on with its own flags; leave out {flag_of(others[0])}.")
     folder = Path(args.resume)
     recorded = read_json(folder / CONTINUAL)
     flags = recorded.get("arguments")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from esfast.device_table import driver
-from esfast.errors import ConfigError, DataError
+from esfast.errors import DataError, require_one_of
 from esfast.shaping import METHODS
 
 _NUMBERS = {"rank": 0, "z_score": 1, "centered_rank": 2, "raw": 3, "group_centered": 4}
@@ -30,8 +30,7 @@ def shape_on_device(rewards: torch.Tensor, method: str = "rank") -> torch.Tensor
     rewards: float64 [population], or [population, prompts] for "group_centered". Errors:
     ConfigError for an unknown method, DataError for another shape, dtype or device.
     """
-    if method not in METHODS:
-        raise ConfigError(f"shaping {method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    require_one_of("shaping", method, METHODS)
     dimensions = 2 if method == "group_centered" else 1
     kernels = driver()
     fits = rewards.ndim == dimensions and rewards.numel() > 0 and rewards.dtype is torch.float64

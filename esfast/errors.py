@@ -6,6 +6,8 @@ is changed. The command line prints them as one paragraph and exits with 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EsfastError(Exception):
     """Base of every error that a user can mend."""
@@ -25,6 +27,12 @@ class DataError(EsfastError, ValueError):
 
 class StateError(EsfastError, RuntimeError):
     """A call that the present state does not allow."""
+
+
+def require_one_of(what: str, value: object, choices: Sequence[str]) -> None:
+    """ConfigError for a name that is not among those that `what` has."""
+    if value not in choices:
+        raise ConfigError(f"{what} {value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from esfast import _core
-from esfast.errors import ConfigError
+from esfast.errors import ConfigError, require_one_of
 
 NOISES = ("gaussian", "rademacher", "hadamard")
 GENERATION_MEMBER = 0xFFFFFFFF  # the member number that derives a generation's own seed
@@ -58,10 +58,7 @@ class Member:
             )
         if sign not in (1, -1):
             raise ConfigError(f"a member's sign is {self.sign!r}; it is +1 or -1.")
-        if self.noise not in NOISES:
-            raise ConfigError(
-                f"noise {self.noise!r} is unknown; choose one of {', '.join(NOISES)}."
-            )
+        require_one_of("noise", self.noise, NOISES)
         if index is None or not 0 <= index < MOST_MEMBERS:
             raise ConfigError(
                 f"a member's index is {self.index!r}; it is an integer from 0 to "

@@ -116,13 +116,14 @@ def _require_allowed(changed: Mapping[str, Any], flags: Mapping[str, Any]) -> No
     if "memory" in refused and "master" not in memories:
         refused.remove("memory")  # lean and shadow give the same bits
     if refused:
-        shown = ", ".join(f"{_flag(n)} {changed[n]} (it has {flags.get(n)})" for n in refused)
-        may = ", ".join(_flag(name) for name in sorted(allowed & flags.keys()))
+        shown = ", ".join(f"{flag_of(n)} {changed[n]} (it has {flags.get(n)})" for n in refused)
+        may = ", ".join(flag_of(name) for name in sorted(allowed & flags.keys()))
         raise ConfigError(
             f"the run cannot go on with {shown}: its result would be another. What may change is "
             f"{may}; for anything else start a new run."
         )
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """As it is typed."""
     return "--" + name.replace("_", "-")

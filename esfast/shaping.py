@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from esfast import _core
-from esfast.errors import ConfigError, DataError
+from esfast.errors import ConfigError, DataError, require_one_of
 
 METHODS = ("rank", "z_score", "centered_rank", "raw", "group_centered")
 
@@ -78,8 +78,7 @@ def shape(rewards: ArrayLike, method: str = "rank", nan: str = "raise") -> np.nd
     rewards: [population], or [population, prompts] for "group_centered". Errors: ConfigError for an
     unknown method, DataError for a wrong shape or unusable rewards.
     """
-    if method not in METHODS:
-        raise ConfigError(f"shaping {method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    require_one_of("shaping", method, METHODS)
     return np.asarray(getattr(_core, method)(_checked(rewards, method, nan)))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from esfast.errors import ConfigError, DataError
+from esfast.errors import ConfigError, DataError, require_one_of
 from esfast.members import MOST_MEMBERS, NOISES, Member, generation_seed, member_seed, whole
 from esfast.shaping import METHODS, as_rewards, shape
 
@@ -51,8 +51,7 @@ class AnchoredDecay:
     weight: float
 
     def __post_init__(self) -> None:
-        if self.kind not in DECAYS:
-            raise ConfigError(f"decay {self.kind!r} is unknown; choose one of {', '.join(DECAYS)}.")
+        require_one_of("decay", self.kind, DECAYS)
         weight = real(self.weight)
         if weight is None or not 0 <= weight < LARGEST:
             raise ConfigError(
@@ -114,11 +113,7 @@ class StrategyConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         for setting, choices in (("noise", NOISES), ("shaping", METHODS), ("rounding", ROUNDINGS)):
-            if getattr(self, setting) not in choices:
-                raise ConfigError(
-                    f"{setting} {getattr(self, setting)!r} is unknown; choose one of "
-                    f"{', '.join(choices)}."
-                )
+            require_one_of(setting, getattr(self, setting), choices)
         if self.decay is not None and not isinstance(self.decay, AnchoredDecay):
             raise ConfigError(
                 f"decay is {self.decay!r}; it is None, or such as AnchoredDecay('l2', 10.0)."

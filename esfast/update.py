@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from esfast.errors import ConfigError
+from esfast.errors import ConfigError, require_one_of
 from esfast.members import Member, require_member, whole
 from esfast.strategy import ROUNDINGS, AnchoredDecay, real
 
@@ -51,10 +51,7 @@ class Update:
         values = _as_coefficients(self.coefficients)
         _check_coefficients(values, len(members))
         _check_kinds(members)
-        if self.rounding not in ROUNDINGS:
-            raise ConfigError(
-                f"rounding {self.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}."
-            )
+        require_one_of("rounding", self.rounding, ROUNDINGS)
         seed = whole(self.seed)
         if seed is None or not 0 <= seed < 2**64:
             raise ConfigError(

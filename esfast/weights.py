@@ -25,7 +25,7 @@ from esfast import state_file
 from esfast.anchor import Anchor
 from esfast.anchor_stream import AnchorStream, streamed
 from esfast.device_table import free_bytes, make_records, make_table
-from esfast.errors import ConfigError, EsfastError, ParameterError, StateError
+from esfast.errors import ConfigError, EsfastError, ParameterError, StateError, require_one_of
 from esfast.journal_format import TensorSpec
 from esfast.live_weights import LiveWeights, MemoryUse
 from esfast.members import Member, require_member, whole
@@ -77,8 +77,7 @@ class Weights(LiveWeights):
         anchor: Anchor | None = None,
         threads: int | None = None,
     ) -> None:
-        if memory not in MEMORIES:
-            raise ConfigError(f"memory {memory!r} is unknown; choose one of {', '.join(MEMORIES)}.")
+        require_one_of("memory", memory, MEMORIES)
         number = _checked_threads(threads)
         if not isinstance(table, ParameterTable):
             raise ConfigError(

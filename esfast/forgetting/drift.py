@@ -1,7 +1,7 @@
 """drift(base, tuned): norms, sparsity and energy of a change, by layer and module group.
 
 Both models are read tensor by tensor in pieces of a few megabytes and summed in fp64; neither is
-copied. `checkpoint_tensors` maps a Hugging Face folder's safetensors, so a base on disk takes no
+copied. `CheckpointTensors` maps a Hugging Face folder's safetensors, so a base on disk takes no
 memory of its own but the page cache's.
 
 Tied weights count once. Weights that only one of the models has are an error, but for an output
