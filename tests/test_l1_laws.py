@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_laws import near, walk
 
 from esfast import AnchoredDecay, EvolutionStrategy, ParameterTable
 from esfast.errors import ConfigError
@@ -48,13 +49,6 @@ def strategy(weights: dict[str, torch.Tensor], weight: float) -> EvolutionStrate
     )
 
 
-def walk(es: EvolutionStrategy, generations: int, seed: int = 0) -> None:
-    """Generations of rewards that mean nothing."""
-    rng = np.random.default_rng(seed)
-    for _ in range(generations):
-        es.step(rng.normal(size=MEMBERS))
-
-
 def change(
     scale: float, dtype: torch.dtype, weight: float, generations: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,10 +57,6 @@ def change(
     base = weights["w"].double()
     walk(strategy(weights, weight), generations)
     return base, weights["w"].double() - base
-
-
-def near(seen: float, law: float, share: float) -> bool:
-    return abs(seen / law - 1) < share
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.4, 1.2], ids=["weak", "strong", "stronger"])

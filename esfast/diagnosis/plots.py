@@ -105,13 +105,10 @@ def _heat(axes: Any, found: Row, subject: Row, rms: bool) -> None:
 def _top(found: Row, subject: Row) -> float:
     """The end of the colour scale: one for all subjects where they are within a factor of ten, so
     that an equal colour is an equal change; else the subject's own."""
-    tops = {s["name"]: _largest_rms(s) for s in found["subjects"] if s["drift"]}
+    ends = {s["name"]: s["drift"][-1]["cells"] for s in found["subjects"] if s["drift"]}
+    tops = {name: max(cell["rms"] or 0.0 for cell in cells) for name, cells in ends.items()}
     highest = max(tops.values())
     return (highest if highest < 10 * min(tops.values()) else tops[subject["name"]]) or 1.0
-
-
-def _largest_rms(subject: Row) -> float:
-    return max(cell["rms"] or 0.0 for cell in subject["drift"][-1]["cells"])
 
 
 def _or_nan(cell: Row | None, value: Callable[[Row], float | None]) -> float:

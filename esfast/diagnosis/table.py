@@ -22,7 +22,8 @@ def print_tables(console: Console, found: Row) -> None:
     """Drift, groups, KL, scores, and the notes."""
     wide = console
     if not console.is_terminal or console.width < NARROWEST:
-        wide = _as_wide_as(console, NARROWEST if console.is_terminal else PIPED)
+        width = NARROWEST if console.is_terminal else PIPED
+        wide = Console(file=console.file, width=width, markup=False, emoji=False)
     for title, table in (
         ("change of the weights", _drift(found)),
         ("norm, and share |Δ|<1e-6, by module group after the last generation", _groups(found)),
@@ -34,10 +35,6 @@ def print_tables(console: Console, found: Row) -> None:
             wide.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def _as_wide_as(console: Console, width: int) -> Console:
-    return Console(file=console.file, width=width, markup=False, emoji=False)
 
 
 def _table(*columns: str) -> Table:

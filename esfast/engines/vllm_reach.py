@@ -14,8 +14,6 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from esfast.errors import ParameterError, StateError
 from esfast.members import Member
 from esfast.parameters import ParameterTable
@@ -55,7 +53,7 @@ class Groups:
     def nudge(self, name: str) -> str:
         """Changes a group by about its own size, until `unnudge`; returns its owner's name."""
         segments = self._members[name]
-        size = max(float(_root_mean_square(s.tensor)) for s in segments)
+        size = max(float(s.tensor.float().square().mean().sqrt()) for s in segments)
         weights = Weights(ParameterTable(segments), "lean", threads=1)
         self._applied[name] = weights
         weights.perturb(Member(1), max(size, _SMALLEST))
@@ -65,10 +63,6 @@ class Groups:
         """Puts the bits back; returns the owner's name."""
         self._applied.pop(name).restore()
         return self._kept.owner(self._members[name][0]).module
-
-
-def _root_mean_square(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float().square().mean().sqrt()
 
 
 def require_reach(

@@ -123,17 +123,13 @@ def _law_table(report: ReportData, norms: Norms) -> Html:
     head = ("run", "α", "N", "λ", "T", "d", "norm measured", "law, own coefficients",
             "measured / law", "α √(T d / N)", "plateau", "time constant")  # fmt: skip
     rows = [_law_row(report, run, norms.get(run.name)) for run in report.runs]
-    rows += [_extra_row(index, extra) for index, extra in _extras(report)]
+    rows += [_extra_row(index, s) for index, s in report.subjects if s in report.extras]
     said = (
         "Norms in units of the weights; d weights, T generations. Plateau: where decay of this "
         "strength holds noise; under weak l2 √(α d / 2 λ N), under weak l1 √(d / 2) α / (λ N). "
         "Time constant, for weak decay: l2 1 / (α λ), l1 2 / (λ² N)."
     )
     return table(head, rows, said)
-
-
-def _extras(report: ReportData) -> list[tuple[int, Subject]]:
-    return [(n, s) for n, s in report.subjects if s in report.extras]
 
 
 def _law_row(report: ReportData, run: RunData, norms: np.ndarray | None) -> Sequence[object]:

@@ -177,17 +177,16 @@ def prompt_key(prompt: Prompt) -> str:
     a message's keys does not count, nor does white space around what it says."""
     if isinstance(prompt, str):
         return json.dumps(prompt.strip())
-    messages = [{key: _stripped(value) for key, value in turn.items()} for turn in prompt]
+    messages = [
+        {key: said.strip() if isinstance(said, str) else said for key, said in turn.items()}
+        for turn in prompt
+    ]
     if len(messages) == 1 and messages[0] == {
         "role": "user",
         "content": messages[0].get("content"),
     }:
         return json.dumps(messages[0]["content"])
     return json.dumps(messages, sort_keys=True)
-
-
-def _stripped(value: object) -> object:
-    return value.strip() if isinstance(value, str) else value
 
 
 def _require_apart(name: str, train: Sequence[Example], held_out: Sequence[Example]) -> None:
