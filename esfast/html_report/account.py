@@ -11,7 +11,6 @@ from esfast.html_report.drawing import Theme, curve, grid_of, legend_below, plai
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     code,
     flat,
@@ -111,23 +110,14 @@ def cost(report: ReportData, pictures: Pictures) -> Section:
         section.parts.append(table(head, rows, said + "; ".join(formulas)))
     section.parts += _by_cost(report, pictures)
     section.parts += _times(report, pictures)
-    section.missing += [
-        Missing(
-            run.name, "the account of tokens and FLOPs (of an earlier esfast, or not told)", None
-        )
-        for run in report.runs
-        if run.summary and not run.summary.get("cost")
-    ]
-    section.missing += [
-        Missing(run.name, "the tokens of prior tasks (of an earlier esfast, or not told)", None)
-        for run in report.runs
-        if run.summary and run.summary.get("prior") and _prior_unknown(run.summary)
-    ]
-    section.missing += [
-        Missing(run.name, "the summary: the run is not finished", resume_command(run))
-        for run in report.runs
-        if not run.summary
-    ]  # fmt: skip
+    untold = "(of an earlier esfast, or not told)"
+    ended = [(run, run.summary) for run in report.runs if run.summary]
+    bare = [run for run, summary in ended if not summary.get("cost")]
+    section.lacks(f"the account of tokens and FLOPs {untold}", bare)
+    bare = [run for run, summary in ended if summary.get("prior") and _prior_unknown(summary)]
+    section.lacks(f"the tokens of prior tasks {untold}", bare)
+    unfinished = [run for run in report.runs if not run.summary]
+    section.lacks("the summary: the run is not finished", unfinished, resume_command)
     return section
 
 

@@ -15,7 +15,6 @@ from esfast.html_report.drawing import Theme, grid_of, legend_below, plain
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     number,
     paragraph,
@@ -33,13 +32,9 @@ HEAT = "viridis"
 Cell = Mapping[str, Any]
 
 
-def no_diagnostics(report: ReportData, what: str) -> list[Missing]:
-    """A line for each run that `esfast forgetting` has not measured."""
-    return [
-        Missing(run.name, what, forgetting_command(run))
-        for run in report.runs
-        if run.subject is None
-    ]
+def lacks_diagnostics(section: Section, report: ReportData, what: str) -> None:
+    """Of runs that `esfast forgetting` has not measured."""
+    section.lacks(what, [run for run in report.runs if run.subject is None], forgetting_command)
 
 
 def forgetting_command(run: RunData, *flags: str) -> str:
@@ -85,7 +80,7 @@ def drift(report: ReportData, pictures: Pictures) -> Section:
                 "group of seeds. One colour scale for all panels.",
             )
         )
-    section.missing += no_diagnostics(report, "the change by layer and module group")
+    lacks_diagnostics(section, report, "the change by layer and module group")
     return section
 
 
@@ -200,7 +195,7 @@ def sparsity(report: ReportData, pictures: Pictures) -> Section:
         )  # fmt: skip
         section.parts.append(_energy_picture(report, pictures))
         section.parts.append(_energy_table(measured))
-    section.missing += no_diagnostics(report, "sparsity and the energy curve")
+    lacks_diagnostics(section, report, "sparsity and the energy curve")
     return section
 
 

@@ -18,7 +18,6 @@ from esfast.html_report.drawing import (
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     number,
     over,
@@ -46,11 +45,8 @@ def kl(report: ReportData, pictures: Pictures) -> Section:
         if any(len(_generations(s)) > 1 for _, s in measured):
             section.parts.append(_course_picture(report, pictures, panels))
         section.parts.append(_kl_table(measured))
-    section.missing += [
-        Missing(run.name, "KL divergence", forgetting_command(run))
-        for run in report.runs
-        if run.subject is None or not run.subject.record["kl"]
-    ]
+    bare = [run for run in report.runs if run.subject is None or not run.subject.record["kl"]]
+    section.lacks("KL divergence", bare, forgetting_command)
     return section
 
 
@@ -178,12 +174,11 @@ def equal_norm(report: ReportData) -> Section:
         if subject.file.get("equal_norm"):
             section.parts.append(_equal_table(subject, subject.file["equal_norm"]))
     if not section.parts:
-        section.missing += [
-            Missing(
-                run.name, "equal-norm controls", forgetting_command(run, "--equal-norm", "whole")
-            )
-            for run in report.runs[:1]
-        ]
+        section.lacks(
+            "equal-norm controls",
+            report.runs[:1],
+            lambda run: forgetting_command(run, "--equal-norm", "whole"),
+        )
     return section
 
 

@@ -9,7 +9,6 @@ from esfast.html_report.account import resume_command
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     at_end,
     number,
@@ -48,11 +47,8 @@ def glance(report: ReportData) -> Section:
         )
     )
     section.parts += seeds_parts(report)
-    section.missing += [
-        Missing(run.name, "the held-out score before training", resume_command(run))
-        for run in report.runs
-        if run.held_out and run.before is None
-    ]
+    bare = [run for run in report.runs if run.held_out and run.before is None]
+    section.lacks("the held-out score before training", bare, resume_command)
     return section
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from esfast.errors import ConfigError
 from esfast.forgetting import laws
-from esfast.html_report.change import no_diagnostics
+from esfast.html_report.change import lacks_diagnostics
 from esfast.html_report.drawing import Theme, grid_of, legend_below, plain, whole_generations
-from esfast.html_report.page import DASH, Html, Missing, Section, number, table
+from esfast.html_report.page import DASH, Html, Section, number, table
 from esfast.html_report.pictures import Pictures
 from esfast.html_report.report_data import Group, ReportData, strategy_of, swatch
 from esfast.html_report.run_data import RunData, Subject
@@ -28,18 +28,14 @@ def law(report: ReportData, pictures: Pictures) -> Section:
     if norms or report.subjects:
         section.parts.append(_law_picture(report, norms, pictures))
         section.parts.append(_law_table(report, norms))
-    section.missing += no_diagnostics(report, "measured norms")
-    section.missing += [
-        Missing(run.name, "the law (no journal: it is of evolution strategies)", None)
-        for run in report.runs
-        if run.journal is None
-    ]
-    section.missing += [
-        Missing(run.name, "the law and its plateau (decay pulls to another anchor than the weights "
-                "that it started from, and the law is of noise about those)", None)
-        for run in report.runs
-        if pulled_elsewhere(run)
-    ]  # fmt: skip
+    lacks_diagnostics(section, report, "measured norms")
+    bare = [run for run in report.runs if run.journal is None]
+    section.lacks("the law (no journal: it is of evolution strategies)", bare)
+    section.lacks(
+        "the law and its plateau (decay pulls to another anchor than the weights that it started "
+        "from, and the law is of noise about those)",
+        filter(pulled_elsewhere, report.runs),
+    )
     return section
 
 

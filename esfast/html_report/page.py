@@ -10,12 +10,15 @@ import base64
 import html
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esfast.html_report.style import PAGE, STYLE
+
+if TYPE_CHECKING:
+    from esfast.html_report.run_data import RunData
 
 DASH = "–"
 
@@ -41,6 +44,15 @@ class Section:
     title: str
     parts: list[Html] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+
+    def lacks(
+        self,
+        what: str,
+        runs: Iterable[RunData],
+        command: Callable[[RunData], str] | None = None,
+    ) -> None:
+        """Notes what these runs do not have, and what would add it."""
+        self.missing += [Missing(run.name, what, command and command(run)) for run in runs]
 
     def html(self) -> Html:
         """The section, with a line for each thing that is missing."""

@@ -18,7 +18,6 @@ from esfast.html_report.drawing import (
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     at_end,
     at_generations,
@@ -51,15 +50,9 @@ def prior(report: ReportData, pictures: Pictures) -> Section:
                 "evaluations lies lower than the truth, and its recovery higher."
             )
         )
-    section.missing += [
-        Missing(
-            run.name,
-            "scores of prior tasks",
-            f"esfast {run.command} --prior-tasks gsm8k,hellaswag --prior-every 5 ... (a new run)",
-        )
-        for run in report.runs
-        if not run.prior
-    ]
+    flags = "--prior-tasks gsm8k,hellaswag --prior-every 5 ... (a new run)"
+    bare = [run for run in report.runs if not run.prior]
+    section.lacks("scores of prior tasks", bare, lambda run: f"esfast {run.command} {flags}")
     return section
 
 

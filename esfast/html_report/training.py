@@ -15,7 +15,6 @@ from esfast.html_report.drawing import (
 from esfast.html_report.page import (
     DASH,
     Html,
-    Missing,
     Section,
     at_generations,
     joined,
@@ -28,7 +27,6 @@ from esfast.html_report.report_data import Points, ReportData
 from esfast.html_report.run_data import RunData
 
 PROMPTS_SHOWN = 4
-NONE_BUT_A_NEW_RUN = None
 
 
 # --- the target ----------------------------------------------------------------------------------
@@ -67,11 +65,7 @@ def target(report: ReportData, pictures: Pictures) -> Section:
             )
         )
     section.parts += [paragraph(said) for run in report.runs if (said := _not_scored(run))]
-    section.missing += [
-        Missing(run.name, "held-out scores", NONE_BUT_A_NEW_RUN)
-        for run in report.runs
-        if not run.held_out
-    ]
+    section.lacks("held-out scores", [run for run in report.runs if not run.held_out])
     return section
 
 
@@ -126,9 +120,7 @@ def answers(report: ReportData) -> Section:
                 for run, sample in entries]  # fmt: skip
         caption = Html(f"<pre>{text(prompt)}</pre>")
         section.parts.append(table(("run", "before", "after"), rows, caption, kind="words"))
-    section.missing += [
-        Missing(run.name, "answers", NONE_BUT_A_NEW_RUN) for run in runs if not run.samples
-    ]
+    section.lacks("answers", [run for run in runs if not run.samples])
     return section
 
 
