@@ -202,6 +202,8 @@ class JournalWriter:
         data = encode_header(header)
         journal = parse(data, str(path))
         temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
+        if not path.parent.is_dir():
+            raise _unwritable(path, FileNotFoundError(2, "no such folder"))
         descriptor = _open(temporary, os.O_CREAT | os.O_EXCL)
         try:
             lock(descriptor, f"the journal '{path}'")
@@ -375,8 +377,6 @@ def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
     except FileNotFoundError:
-        if flags:
-            raise _unwritable(path, FileNotFoundError(2, "no such folder")) from None
         raise DataError(f"there is no journal '{path}'; name the folder of a run.") from None
     except OSError as error:
         raise _unwritable(path, error) from None

@@ -191,7 +191,7 @@ def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(EsfastError, match="no such folder"):
+    with pytest.raises(EsfastError, match="nowhere/j': no such folder"):
         JournalWriter.create(tmp_path / "nowhere" / "j", HEADER)
 
 
