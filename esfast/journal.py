@@ -202,9 +202,7 @@ class JournalWriter:
         data = encode_header(header)
         journal = parse(data, str(path))
         temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
-        if not path.parent.is_dir():
-            raise _unwritable(path, FileNotFoundError(2, "no such folder"))
-        descriptor = _open(temporary, os.O_CREAT | os.O_EXCL)
+        descriptor = _open(temporary, os.O_CREAT | os.O_EXCL, path)
         try:
             lock(descriptor, f"the journal '{path}'")
             _write(descriptor, data)
@@ -230,7 +228,7 @@ class JournalWriter:
         Raises StateError where another process writes it, DataError as `read_journal` does.
         """
         path = journal_path(run)
-        descriptor = _open(path, 0)
+        descriptor = _open(path, 0, path)
         try:
             lock(descriptor, f"the journal '{path}'")
             data = path.read_bytes()
@@ -373,13 +371,16 @@ def _unpacked(data: bytes, where: str) -> bytes:
     return plain
 
 
-def _open(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int, journal: Path) -> int:
+    """`path`, which `journal` is or will be: errors name that one."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
     except FileNotFoundError:
-        raise DataError(f"there is no journal '{path}'; name the folder of a run.") from None
+        if flags:
+            raise _unwritable(journal, FileNotFoundError(2, "no such folder")) from None
+        raise DataError(f"there is no journal '{journal}'; name the folder of a run.") from None
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unwritable(journal, error) from None
 
 
 def _write(descriptor: int, data: bytes) -> None:

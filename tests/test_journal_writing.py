@@ -193,6 +193,11 @@ def test_a_record_is_synced_before_append_returns(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_said(tmp_path):
     with pytest.raises(EsfastError, match="nowhere/j': no such folder"):
         JournalWriter.create(tmp_path / "nowhere" / "j", HEADER)
+    (tmp_path / "file").touch()
+    with pytest.raises(EsfastError, match="file/j': Not a directory"):
+        JournalWriter.create(tmp_path / "file" / "j", HEADER)
+    with pytest.raises(EsfastError, match="x/j': File name too long"):
+        JournalWriter.create(tmp_path / ("x" * 300) / "j", HEADER)
 
 
 def kept(path: Path, **settings: object) -> EvolutionStrategy:
