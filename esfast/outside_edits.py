@@ -2,27 +2,53 @@
 
 torch counts the edits of a tensor, for its own backward passes. The core's are told to it, and a
 count that went on without them is an optimizer's, a load_state_dict's, or other `Weights`'. Not
-seen: edits through `.data`, and of tensors made in inference mode, which have no count.
+seen: what torch does not count (fused optimizers, collectives, edits through `.data` and numpy),
+and edits of tensors made in inference mode, which have no count.
+
+Views of one tensor share a count. So `Weights` of other parts of it are told apart by their memory;
+somebody else's edit of such a part is taken for one of the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
+from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import increment_version
 
 from esfast.errors import StateError
-from esfast.segments import Segment
+from esfast.segments import Segment, share_memory
+
+_BITS = {2: torch.int16, 4: torch.int32}
+_of_parts: WeakSet[OutsideEdits] = WeakSet()
+_turn = RLock()  # of those, whose threads count each other's edits
 
 
 class OutsideEdits:
-    """The counts of the segments' tensors as they were left; a quarter of a microsecond each."""
+    """The counts of the segments' tensors as they were left; half a microsecond each and call."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
         self._counted = [(s.name, s.tensor) for s in segments if not s.tensor.is_inference()]
+        self._beside: WeakSet[OutsideEdits] = WeakSet()
         self.accept()
+        parts = (t.nbytes < t.untyped_storage().nbytes() for _, t in self._counted)
+        self._turn: AbstractContextManager[object] = nullcontext()
+        if any(parts):
+            self._turn = _turn
+            self._meet()
+
+    def _meet(self) -> None:
+        """Those whose edits are of other parts of the same tensors."""
+        with _turn:
+            for other in _of_parts:
+                if not share_memory(self._segments, other._segments):
+                    self._beside.add(other)
+                    other._beside.add(self)
+            _of_parts.add(self)
 
     def accept(self) -> None:
         """The tensors are as they should be."""
@@ -32,24 +58,31 @@ class OutsideEdits:
         """Of an edit of one's own: autocast drops its casts of fp32 weights, and a backward pass
         over weights that have changed since is an error instead of wrong."""
         torch.clear_autocast_cache()
-        self._counts = None  # unknown, should a Ctrl-C fall in here
-        for _, tensor in self._counted:
-            increment_version(tensor)
-        self.accept()
+        with self._turn:
+            ours = [self, *(other for other in self._beside if other.found() is None)]
+            for one in ours:
+                one._counts = None  # unknown, should a Ctrl-C fall in here
+            for _, tensor in self._counted:
+                increment_version(tensor)
+            for one in ours:
+                one.accept()
 
     def found(self) -> str | None:
         """The name of a tensor that somebody else edited, if any."""
-        if self._counts is None:
-            return None
-        for (name, tensor), count in zip(self._counted, self._counts, strict=True):
-            if tensor._version != count:
-                return name
+        with self._turn:
+            if self._counts is None:
+                return None
+            for (name, tensor), count in zip(self._counted, self._counts, strict=True):
+                if tensor._version != count:
+                    return name
         return None
 
     def require_known(self, bases: Sequence[torch.Tensor], memory: str) -> None:
         """StateError where base copies, one a segment, do not have what somebody else edited."""
         edited = self.found()
-        if edited is not None and bases and not self._are_of(bases):
+        if edited is None:
+            return
+        if bases and not self._are_of(bases):
             raise StateError(
                 f"'{edited}' was edited by something else (an optimizer, load_state_dict, a member "
                 f'of other Weights); memory="{memory}" starts from its own copy, which would undo '
@@ -59,7 +92,7 @@ class OutsideEdits:
 
     def _are_of(self, bases: Sequence[torch.Tensor]) -> bool:
         pairs = zip(self._segments, bases, strict=True)
-        return all(torch.equal(s.tensor, base.to(s.tensor.dtype)) for s, base in pairs)
+        return all(_same_bits(s.tensor, base.to(s.tensor.dtype)) for s, base in pairs)
 
     @staticmethod
     def require_not_under_member(edited: str | None, memory: str) -> None:
@@ -72,3 +105,8 @@ class OutsideEdits:
             f"'{edited}' was edited by something else while a member was applied (an optimizer, "
             f"load_state_dict, other Weights of the model); {lost if memory == 'lean' else gone}."
         )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = _BITS[a.element_size()]  # as numbers, a NaN would be another than itself
+    return torch.equal(a.view(kind), b.view(kind))

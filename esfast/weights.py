@@ -209,10 +209,11 @@ class Weights(LiveWeights):
 
     def require_ready(self) -> None:
         """StateError where an edit would not reach the model, or would undo somebody else's."""
-        self._require_in_place()
-        if self.perturbed and self._outside.found() is not None:
-            self.restore()  # which says it
-        self._outside.require_known(self._bases, self.memory)
+        with self._turn:
+            self._require_in_place()
+            if self.perturbed and self._outside.found() is not None:
+                self.restore()  # which says it
+            self._outside.require_known(self._bases, self.memory)
 
     def apply(self, update: Update) -> UpdateReport:
         """`update` with its arguments as one value."""
@@ -301,12 +302,12 @@ class Weights(LiveWeights):
                     f"a state of {len(state)} tensors does not fit this table of {len(own)} "
                     f'segments under memory="{self.memory}"; shapes and dtypes must be the same.'
                 )
+            self._outside.tell()
             with torch.inference_mode():  # of bases or weights made in it, torch asks for it again
                 for mine, tensor in zip(own, state, strict=True):
                     mine.copy_(tensor)
             if self.memory == "master":
                 self._core.refresh(self.threads)
-                self._outside.accept()
             else:
                 self.rebase()
 

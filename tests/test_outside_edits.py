@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +52,54 @@ def test_weights_made_in_inference_mode_are_edited_too() -> None:
     weights.perturb(Member(1), 0.1)
     weights.restore()
     assert weights.checksum() == before
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_state_that_is_loaded_is_told_to_torch(memory: str) -> None:
+    model = torch.nn.Linear(4, 3)
+    weights = Weights(ParameterTable.from_module(model), memory)
+    other = Weights(ParameterTable.from_module(model), "shadow")
+    ones = torch.ones(2, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(ones)
+        weights.load_state([2 * tensor for tensor in weights.state()])
+        assert torch.equal(model(ones), 2 * before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss = model(ones).sum()
+        weights.load_state([2 * tensor for tensor in weights.state()])
+        loss.backward()
+    with pytest.raises(StateError, match="rebase"):
+        other.perturb(Member(1), 0.1)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("columns", [False, True])
+def test_members_of_two_parts_of_one_tensor_are_nested(memory: str, columns: bool) -> None:
+    whole = torch.randn(8, 6).bfloat16()
+    before = whole.clone()
+    parts = whole.chunk(2, dim=int(columns))
+    outer, inner = (Weights(table_of(part), memory) for part in parts)
+    outer.perturb(Member(1), 0.1)
+    for _ in range(2):
+        inner.perturb(Member(2), 0.1)
+        inner.restore()
+    inner.update([Member(3)], [0.1])
+    outer.restore()
+    assert torch.equal(parts[0], before.chunk(2, dim=int(columns))[0])
+    outer.perturb(Member(1), 0.1)
+    whole.mul_(2)
+    inner.update([Member(3)], [0.1]) if memory == "lean" else inner.rebase()
+    with pytest.raises(StateError, match="edited by something else while a member"):
+        outer.restore()
+
+
+def test_members_of_parts_that_overlap_are_told() -> None:
+    whole = torch.randn(8, 6)
+    outer, inner = Weights(table_of(whole[:5])), Weights(table_of(whole[4:]))
+    outer.perturb(Member(1), 0.1)
+    inner.perturb(Member(2), 0.1)
+    with pytest.raises(StateError, match="edited by something else while a member"):
+        outer.restore()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -110,15 +160,16 @@ def test_an_edit_that_a_base_copy_does_not_have_is_not_undone(memory: str, meets
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_edits_that_leave_the_bits_alone_are_nobodys_business(memory: str) -> None:
     tensor = torch.randn(64).bfloat16()
+    tensor[:2] = torch.tensor([math.nan, -0.0])
     one, other = Weights(table_of(tensor), memory), Weights(table_of(tensor), memory)
     for weights in (one, other, one):
         weights.perturb(Member(1), 0.1)
         weights.restore()
     tensor.copy_(tensor.clone())
-    before = tensor.clone()
+    before = tensor.view(torch.int16).clone()
     other.perturb(Member(1), 0.1)
     other.restore()
-    assert torch.equal(tensor, before)
+    assert torch.equal(tensor.view(torch.int16), before)
     one.load_state(one.state())
     one.perturb(Member(1), 0.1)
     one.restore()
@@ -150,3 +201,14 @@ def test_a_step_that_would_undo_an_edit_is_refused_before_its_record(
     assert isinstance(es.weights, Weights)
     es.weights.rebase()
     es.step(rewards)
+
+
+def test_a_step_is_decided_when_another_thread_has_done_its_edit() -> None:
+    es = EvolutionStrategy(torch.nn.Linear(8, 8), **SETTINGS)
+    assert isinstance(es.weights, Weights)
+    step = threading.Thread(target=es.decide, args=([1.0, 2.0, 3.0, 4.0],))
+    with es.weights._turn:  # of a member that is being applied
+        step.start()
+        step.join(0.2)
+        assert step.is_alive()
+    step.join()
