@@ -317,6 +317,22 @@ def test_memory_that_vllm_leaves_is_asked_first(
         engine.live_weights("shadow")
 
 
+def test_answers_are_the_restored_weights_where_a_restore_tells_of_an_edit(
+    engine: Any, weights: Any
+) -> None:
+    def edit(worker: Any) -> None:
+        for segment in worker._esfast_shard().table.segments:
+            segment.tensor.mul_(1)
+
+    before = told(engine)
+    weights.perturb(Member(1), 0.5)
+    assert told(engine) != before
+    engine._llm.collective_rpc(edit)
+    with pytest.raises(StateError, match="edited by something else while a member"):
+        weights.restore()
+    assert told(engine) == before
+
+
 def test_a_closed_engine_says_so(folder: Path) -> None:
     made = start(folder)
     made.close()

@@ -96,9 +96,9 @@ class Shard:
     def restore(self) -> None:
         """Puts the bits back; `derive` has to follow before anything is generated."""
         if self.weights.perturbed:
+            self.stale = True  # also where it restores and then tells of somebody else's edit
             with all_cores():
                 self.weights.restore()
-            self.stale = True
 
     def derive(self) -> None:
         """Makes again what vLLM derived from the weights, where they changed since."""
