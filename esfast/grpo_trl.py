@@ -43,6 +43,7 @@ SETTINGS: Mapping[str, Any] = {
     "completions": "temperature as given, top_p 1, no top_k; cut ones are trained on as well",
     "adapters": "none: every weight is trained",
 }
+TORCH_WRITER = "inline_container.cc"  # in torch.save's error where a disk is full
 NUMBERS = {
     "loss": "loss",
     "grad_norm": "gradient_norm",
@@ -105,6 +106,8 @@ def _said(save: Callable[..., object], folder: Path) -> Callable[..., None]:
         try:
             save(*arguments, **settings)
         except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and TORCH_WRITER not in str(error):
+                raise
             raise EsfastError(
                 f"no checkpoint could be written to {folder}: {first_line(error)}. Those before "
                 "are whole; free some space and go on with --resume."

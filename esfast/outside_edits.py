@@ -3,28 +3,21 @@
 torch counts the edits of a tensor, for its own backward passes. The core's are told to it, and a
 count that went on without them is an optimizer's, a load_state_dict's, or other `Weights`'. Not
 seen: what torch does not count (fused optimizers, collectives, edits through `.data` and numpy),
-and edits of tensors made in inference mode, which have no count.
-
-Views of one tensor share a count. So `Weights` of other parts of it are told apart by their memory;
-somebody else's edit of such a part is taken for one of the whole.
+edits of tensors made in inference mode, which have no count, and of parts of a larger tensor, which
+share one with what lies beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from threading import RLock
-from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import increment_version
 
 from esfast.errors import StateError
-from esfast.segments import Segment, share_memory
+from esfast.segments import Segment
 
 _BITS = {2: torch.int16, 4: torch.int32}
-_of_parts: WeakSet[OutsideEdits] = WeakSet()
-_turn = RLock()  # of those, whose threads count each other's edits
 
 
 class OutsideEdits:
@@ -32,49 +25,31 @@ class OutsideEdits:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        self._counted = [(s.name, s.tensor) for s in segments if not s.tensor.is_inference()]
-        self._beside: WeakSet[OutsideEdits] = WeakSet()
+        counted = [s for s in segments if not s.tensor.is_inference()]
+        self._told = [s.tensor for s in counted]
+        self._watched = [(s.name, s.tensor) for s in counted if _is_whole(s.tensor)]
         self.accept()
-        parts = (t.nbytes < t.untyped_storage().nbytes() for _, t in self._counted)
-        self._turn: AbstractContextManager[object] = nullcontext()
-        if any(parts):
-            self._turn = _turn
-            self._meet()
-
-    def _meet(self) -> None:
-        """Those whose edits are of other parts of the same tensors."""
-        with _turn:
-            for other in _of_parts:
-                if not share_memory(self._segments, other._segments):
-                    self._beside.add(other)
-                    other._beside.add(self)
-            _of_parts.add(self)
 
     def accept(self) -> None:
         """The tensors are as they should be."""
-        self._counts: list[int] | None = [tensor._version for _, tensor in self._counted]
+        self._counts: list[int] | None = [tensor._version for _, tensor in self._watched]
 
     def tell(self) -> None:
         """Of an edit of one's own: autocast drops its casts of fp32 weights, and a backward pass
         over weights that have changed since is an error instead of wrong."""
         torch.clear_autocast_cache()
-        with self._turn:
-            ours = [self, *(other for other in self._beside if other.found() is None)]
-            for one in ours:
-                one._counts = None  # unknown, should a Ctrl-C fall in here
-            for _, tensor in self._counted:
-                increment_version(tensor)
-            for one in ours:
-                one.accept()
+        self._counts = None  # unknown, should a Ctrl-C fall in here
+        for tensor in self._told:
+            increment_version(tensor)
+        self.accept()
 
     def found(self) -> str | None:
         """The name of a tensor that somebody else edited, if any."""
-        with self._turn:
-            if self._counts is None:
-                return None
-            for (name, tensor), count in zip(self._counted, self._counts, strict=True):
-                if tensor._version != count:
-                    return name
+        if self._counts is None:
+            return None
+        for (name, tensor), count in zip(self._watched, self._counts, strict=True):
+            if tensor._version != count:
+                return name
         return None
 
     def require_known(self, bases: Sequence[torch.Tensor], memory: str) -> None:
@@ -105,6 +80,10 @@ class OutsideEdits:
             f"'{edited}' was edited by something else while a member was applied (an optimizer, "
             f"load_state_dict, other Weights of the model); {lost if memory == 'lean' else gone}."
         )
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -225,25 +225,7 @@ def _dense(tensor: torch.Tensor) -> bool:
 
 
 def _check_memory_overlap(segments: Sequence[Segment]) -> None:
-    shared = _shared(segments)
-    if shared is not None:
-        raise ParameterError(
-            f"'{shared.name}' shares memory with itself or another tensor of the table, so "
-            "an element would be edited twice. Give tied weights once, under the name that "
-            "the checkpoint stores, and expanded views as their own storage."
-        )
-
-
-def share_memory(some: Sequence[Segment], others: Sequence[Segment]) -> bool:
-    """Whether two tables' segments have a byte in common."""
-    starts = {s.tensor.data_ptr() for s in some if s.tensor.numel()}
-    if any(s.tensor.numel() and s.tensor.data_ptr() in starts for s in others):
-        return True  # of one model, without a count of its bytes
-    return _shared([*some, *others]) is not None
-
-
-def _shared(segments: Sequence[Segment]) -> Segment | None:
-    """A segment that shares memory. Only groups whose address ranges meet are counted out."""
+    """Refuses segments that share memory. Only groups whose address ranges meet are counted out."""
     filled = [s for s in segments if s.tensor.numel()]
     filled.sort(key=lambda s: _extent(s.tensor))
     group: list[Segment] = []
@@ -255,8 +237,11 @@ def _shared(segments: Sequence[Segment]) -> Segment | None:
             dense = len(group) == 1 and _dense(group[0].tensor)
             shared = None if dense or not group else _overlap_inside(group)
             if shared is not None:
-                return shared
+                raise ParameterError(
+                    f"'{shared.name}' shares memory with itself or another tensor of the table, so "
+                    "an element would be edited twice. Give tied weights once, under the name that "
+                    "the checkpoint stores, and expanded views as their own storage."
+                )
             group, end = ([segment] if segment is not None else []), 0
         if segment is not None:
             end = max(end, _extent(segment.tensor)[1])
-    return None

@@ -86,20 +86,6 @@ def test_members_of_two_parts_of_one_tensor_are_nested(memory: str, columns: boo
     inner.update([Member(3)], [0.1])
     outer.restore()
     assert torch.equal(parts[0], before.chunk(2, dim=int(columns))[0])
-    outer.perturb(Member(1), 0.1)
-    whole.mul_(2)
-    inner.update([Member(3)], [0.1]) if memory == "lean" else inner.rebase()
-    with pytest.raises(StateError, match="edited by something else while a member"):
-        outer.restore()
-
-
-def test_members_of_parts_that_overlap_are_told() -> None:
-    whole = torch.randn(8, 6)
-    outer, inner = Weights(table_of(whole[:5])), Weights(table_of(whole[4:]))
-    outer.perturb(Member(1), 0.1)
-    inner.perturb(Member(2), 0.1)
-    with pytest.raises(StateError, match="edited by something else while a member"):
-        outer.restore()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
