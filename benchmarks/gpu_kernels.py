@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from esfast.members import Member
 from esfast.provenance import commit
 
 FIELDS = ("what", "noise", "memory", "population", "elements", "ms", "ns_per_parameter", "gb_s")
-FIELDS += ("share_of_copy", "normals_s", "peer_ms", "times_peer", "device", "commit")
+FIELDS += ("share_of_copy", "normals_s", "peer_ms", "times_peer", "device", "threads", "commit")
 SIGMA = 1e-3
 
 
@@ -57,8 +56,8 @@ class Rows:
         self.path = path
         self.copy_gb_s = 0.0
         self.rows: list[dict[str, Any]] = []
-        source = commit() or os.environ.get("ESFAST_COMMIT") or "unknown"  # a copy has no .git
-        self.fixed = {"device": torch.cuda.get_device_name(), "commit": source}
+        device = torch.cuda.get_device_name()
+        self.fixed = {"device": device, "threads": 1, "commit": commit() or "unknown"}
 
     def add(self, what: str, elements: int, ms: float, moved: float = 0.0, **more: Any) -> None:
         row = {"what": what, "elements": elements, "ms": round(ms, 4), **more, **self.fixed}

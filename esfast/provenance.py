@@ -44,10 +44,13 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this package is imported from, "+" if edited; or None."""
+    """The commit of the source tree that this package is imported from, "+" if edited; or None.
+
+    ESFAST_COMMIT tells that of a copy of the tree without its history.
+    """
     root = Path(esfast.__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("ESFAST_COMMIT") or None
     found = _git(root, "rev-parse", "--short=12", "HEAD")
     if not found:
         return None

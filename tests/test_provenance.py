@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from esfast.provenance import device_name, processor_name
+import esfast
+from esfast.provenance import commit, device_name, processor_name
 
 GENOA = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -32,6 +35,24 @@ def test_every_committed_row_has_its_commit_device_and_threads(path):
     assert rows
     for row in rows:
         assert all(row.get(origin) for origin in ("commit", "device", "threads")), row
+
+
+def test_what_gpu_kernels_measures_could_be_committed(tmp_path, monkeypatch):
+    path = RESULTS.parent / "gpu_kernels.py"
+    spec = importlib.util.spec_from_file_location("gpu_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    module.Rows(tmp_path / "kernels.csv").add("copy", 1000, 0.5, 2000.0)
+    test_every_committed_row_has_its_commit_device_and_threads(tmp_path / "kernels.csv")
+
+
+def test_a_copy_without_its_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(esfast, "__file__", str(tmp_path / "esfast" / "__init__.py"))
+    monkeypatch.delenv("ESFAST_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("ESFAST_COMMIT", "0123abc")
+    assert commit() == "0123abc"
 
 
 def test_processors_of_one_name_are_told_apart():
