@@ -16,7 +16,7 @@ from test_cli import run
 
 from esfast import _core
 from esfast.bench import peers, workload
-from esfast.bench.measure import Timing, measure, variants
+from esfast.bench.measure import CACHED, Timing, measure, variants
 from esfast.bench.rows import (
     COLUMNS,
     KEY,
@@ -365,6 +365,10 @@ def test_rates_are_short() -> None:
     assert [short(v) for v in (1.234e12, 5.6e9, 7e6, 12345.0, 0.5)] == [
         "1.23 T", "5.6 G", "7 M", "12.3 k", "0.5",
     ]  # fmt: skip
+
+
+def test_the_cached_table_fits_the_smallest_cache_of_a_supported_gpu() -> None:
+    assert CACHED["cuda"] * torch.bfloat16.itemsize * 2 <= 40e6
 
 
 def test_cuda_without_a_number_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
