@@ -4,8 +4,10 @@
 # minutes:  benchmarks/gpu_check.sh OUTDIR
 # Each stage runs whatever became of the others, in the time that is left. OUTDIR gets summary.txt
 # (printed last), log.txt (all that the stages said), kernels.csv, bench.csv and roofline.png. Needs
-# nvcc, a C++ compiler and python3 with its headers, torch and setuptools; wheels that are missing
-# may lie in .whl/. Exits 1 where a stage failed or found no time.
+# nvcc, a C++ compiler and python3 with its headers, torch and setuptools; pytest, hypothesis,
+# transformers, rich, safetensors and what they need, if they are missing, as wheels in .whl/ (ninja
+# and matplotlib too, though it goes on without). ESFAST_COMMIT names the commit of a copy without
+# .git. Exits 1 where a stage failed or found no time.
 set -u
 SECONDS=0
 readonly END=520  # no stage begins or goes on later; stopping one takes up to 15 s more
@@ -16,6 +18,7 @@ cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d) || exit 1
 export REPO=$PWD WORK=$work PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 ESFAST_STRICT=1 ESFAST_CUDA_ARCHS=${ESFAST_CUDA_ARCHS:-90}
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # the machine's other packages may bring some
 export PATH=$PATH:/usr/local/cuda/bin
 summary=$out/summary.txt log=$out/log.txt failed=0
 : >"$summary"
@@ -49,7 +52,8 @@ machine() {
   "$PYTHON" - <<'EOF'
 import importlib.metadata as m, importlib.util as u, platform, sysconfig
 from pathlib import Path
-for name in ("setuptools", "ninja", "pybind11", "pytest", "rich", "matplotlib", "transformers"):
+for name in ("setuptools", "ninja", "pybind11", "pytest", "hypothesis", "transformers",
+             "safetensors", "rich", "matplotlib"):
     print(name, m.version(name) if u.find_spec(name) else "is missing")
 print("Python.h:", (Path(sysconfig.get_path("include")) / "Python.h").is_file())
 import torch
