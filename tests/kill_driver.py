@@ -121,7 +121,8 @@ def life(folder: Path, size: int, kind: str, rng: random.Random) -> bool:
     if child == 0:
         try:
             arm(kind, rng)
-            (folder / "done").write_text(train(folder, size))
+            (folder / "part").write_text(train(folder, size))
+            (folder / "part").rename(folder / "done")  # whole: the clock may strike in a write
         except BaseException as error:
             (folder / "error").write_text(f"{kind}: {type(error).__name__}: {error}")
             os._exit(1)
