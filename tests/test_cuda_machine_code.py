@@ -88,7 +88,8 @@ def test_no_spills_and_no_stack_frames() -> None:
     assert len(kernels) >= len(FUSED)
     for name, registers, stack, local in kernels:
         assert (int(stack), int(local)) == (0, 0), name
-        assert int(registers) <= 128, name
+        # 16 warps a multiprocessor; 12 for the rare kernel whose tables lie in global memory
+        assert int(registers) <= (168 if "hadamard_global" in name else 128), name
 
 
 def test_no_multiply_add_beyond_the_written_ones() -> None:

@@ -32,21 +32,33 @@ struct Lists {
   uint32_t slab;               // words that a warp reserves at least
 };
 
-// Its keys are kernel parameters, which instructions read where they lie.
-struct Perturbation {
+// A draw whose keys are kernel parameters, which instructions read where they lie.
+struct Parameters {
   Stream keys;
-  uint32_t purpose, row;  // Hadamard
+  uint32_t purpose;
+};
+
+static inline Parameters parameters_of(const Source& s) {
+  return {keys_of(s.seed), s.purpose};
+}
+
+ESFAST_FN Stream stream_of(const Parameters& p, uint32_t tensor, uint32_t high) {
+  return place_stream(p.keys, high, tensor, p.purpose);
+}
+
+struct Perturbation {
+  Parameters draw;
+  uint32_t row;  // Hadamard
   float scale;
 };
 
 static inline Perturbation perturbation_of(const PerturbCall& call) {
-  const Source& s = call.source;
-  return {keys_of(s.seed), s.purpose, s.row, call.scale};
+  return {parameters_of(call.source), call.source.row, call.scale};
 }
 
 template <Noise noise>
 ESFAST_FN Stream stream_of(const Perturbation& p, const Span& s) {
-  return place_stream(p.keys, high_word(noise, s), s.tensor, p.purpose);
+  return stream_of(p.draw, s.tensor, high_word(noise, s));
 }
 
 // A lane's units of a tile.
@@ -277,20 +289,16 @@ struct Step {
   int count;
   float hadamard_scale;
   Rule rule;
-  Draw rounding;  // its key and purpose
+  Parameters rounding, lone;  // `lone`: the first draw
 };
 
 // acc = the population's noise for the lane's units, members in order.
 template <Noise noise, class Layout>
 ESFAST_FN void add_noise(const Span& s, const Lane<Layout>& lane, const Step& step,
-                         const Tables& tables, float (&acc)[kSteps][2][4]) {
+                         float (&acc)[kSteps][2][4]) {
   const uint32_t high = high_word(noise, s);
-  int32_t sums[kSteps][8];
   ESFAST_UNROLL
-  for (uint32_t i = 0; i < 8 * kSteps; ++i) {
-    acc[i / 8][i / 4 % 2][i % 4] = 0.0f;
-    sums[i / 8][i % 8] = 0;
-  }
+  for (uint32_t i = 0; i < 8 * kSteps; ++i) acc[i / 8][i / 4 % 2][i % 4] = 0.0f;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1  // 480 instructions a step are long enough
 #endif
@@ -307,11 +315,6 @@ ESFAST_FN void add_noise(const Span& s, const Lane<Layout>& lane, const Step& st
         for (int e = 0; e < 8; ++e)
           acc[j][e / 4][e % 4] =
               Scalar::fma(z[e / 4][e % 4], draw.coefficient, acc[j][e / 4][e % 4]);
-      } else if (noise == Noise::hadamard) {
-        uint32_t words[2][4];
-        philox<Thread, 2>(stream, static_cast<uint32_t>(block * 2), words);
-        ESFAST_UNROLL
-        for (int e = 0; e < 8; ++e) sums[j][e] += table_sum(tables, n, words[e / 4][e % 4]);
       } else {
         const uint32_t signs = signs_of(stream, block);
         ESFAST_UNROLL
@@ -321,7 +324,33 @@ ESFAST_FN void add_noise(const Span& s, const Lane<Layout>& lane, const Step& st
       }
     }
   }
-  if (noise == Noise::hadamard) ESFAST_UNROLL
+}
+
+template <class Layout>
+ESFAST_FN void add_group(const Lane<Layout>& lane, const Stream& stream, const Tables& tables,
+                         int group, int32_t (&sums)[kSteps][8]) {
+  ESFAST_UNROLL
+  for (uint32_t j = 0; j < kSteps; ++j) {
+    uint32_t words[2][4];
+    philox<Thread, 2>(stream, static_cast<uint32_t>(lane.unit[j].block * 2), words);
+    ESFAST_UNROLL
+    for (int e = 0; e < 8; ++e) sums[j][e] += table_sum(tables, group, words[e / 4][e % 4]);
+  }
+}
+
+// The same of Hadamard members, by group.
+template <class Layout>
+ESFAST_FN void add_groups(const Span& s, const Lane<Layout>& lane, const Step& step,
+                          const Tables& tables, float (&acc)[kSteps][2][4]) {
+  const uint32_t high = high_word(Noise::hadamard, s);
+  int32_t sums[kSteps][8] = {};
+  if (tables.lone) add_group(lane, stream_of(step.lone, s.tensor, high), tables, 0, sums);
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+  for (int n = 0; n < (tables.lone ? 0 : step.count); ++n)
+    add_group(lane, stream_of(step.draws[n], s.tensor, high), tables, n, sums);
+  ESFAST_UNROLL
   for (uint32_t i = 0; i < 8 * kSteps; ++i)
     acc[i / 8][i / 4 % 2][i % 4] =
         Scalar::mulf(static_cast<float>(sums[i / 8][i % 8]), step.hadamard_scale);
@@ -334,7 +363,10 @@ ESFAST_FN uint32_t update_tile(const Span& s, const Lane<Layout>& lane, const St
   float acc[kSteps][2][4];
   Raw old[kSteps];
   if (Layout::dense) load_base(s, lane, old);  // 8 registers hide its latency behind the members
-  add_noise<noise>(s, lane, step, tables, acc);
+  if constexpr (noise == Noise::hadamard)
+    add_groups(s, lane, step, tables, acc);
+  else
+    add_noise<noise>(s, lane, step, acc);
   const bool random = step.rule.stochastic && s.base_dtype != Dtype::float32;
   const Stream rounding = stream_of(step.rounding, s.tensor, static_cast<uint32_t>(s.origin >> 35));
   if (!Layout::dense) load_base(s, lane, old);

@@ -198,6 +198,7 @@ struct Tables {
   const int32_t* entries;
   int shift;
   uint32_t copy;  // lane & (copies - 1)
+  bool lone;      // of one group
 };
 
 ESFAST_FN int32_t table_entry(const int32_t* coefficients, int byte, uint32_t value) {
