@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("tests/native/cuda_emulator.cpp", "csrc/population.cpp")
@@ -36,32 +36,43 @@ def in_plain_words(folder: Path) -> list[Path]:
     return [*own, *(folder / source for source in SOURCES)]
 
 
-def built(folder: Path) -> Any:
-    """The module `cuda_emulator`, compiled into `folder`; skips where there is no compiler."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+@dataclass(frozen=True)
+class Build:
+    """The module `cuda_emulator` in the making: compilers run until `module` waits for them."""
+
+    library: Path
+    compiler: str
+    jobs: Mapping[str, subprocess.Popen[str]]  # by object file
+
+    def module(self) -> Any:
+        for job in self.jobs.values():
+            _, errors = job.communicate()
+            assert job.returncode == 0, errors[-3000:]
+        link = [self.compiler, "-shared", *self.jobs, "-o", str(self.library)]
+        subprocess.run(link, check=True)
+        loader = ExtensionFileLoader("cuda_emulator", str(self.library))
+        module = module_from_spec(spec_from_loader("cuda_emulator", loader))
+        loader.exec_module(module)
+        return module
+
+
+def begun(folder: Path) -> Build | None:
+    """Starts to compile into `folder`, and lets others go first; None without a compiler."""
+    compiler, pybind11 = shutil.which("c++"), find_spec("pybind11")
+    if compiler is None or pybind11 is None:
+        return None
     sys.path.insert(0, str(ROOT))
     try:
         from build_flags import FLAGS
     finally:
         sys.path.remove(str(ROOT))
-    pybind11 = pytest.importorskip("pybind11")
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    includes.append(f"-I{folder / 'tests' / 'native' / 'simt'}")
+    headers = Path(str(pybind11.origin)).parent / "include"
+    includes = [headers, sysconfig.get_path("include"), folder / "tests" / "native" / "simt"]
     flags = [flag for flag in FLAGS if flag != "-O3"]
-    flags += ["-O1", "-U_FORTIFY_SOURCE", *includes]  # fibers jump between stacks
-    jobs, objects = [], []
+    flags += ["-O1", "-U_FORTIFY_SOURCE"]  # fibers jump between stacks
+    flags += [f"-I{include}" for include in includes]
+    jobs = {}
     for source in in_plain_words(folder):
-        objects.append(f"{source}.o")
-        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]]
-        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for job in jobs:
-        _, errors = job.communicate()
-        assert job.returncode == 0, errors[-3000:]
-    library = folder / "cuda_emulator.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
-    loader = ExtensionFileLoader("cuda_emulator", str(library))
-    module = module_from_spec(spec_from_loader("cuda_emulator", loader))
-    loader.exec_module(module)
-    return module
+        command = ["nice", compiler, *flags, "-x", "c++", "-c", str(source), "-o", f"{source}.o"]
+        jobs[command[-1]] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return Build(folder / "cuda_emulator.so", compiler, jobs)

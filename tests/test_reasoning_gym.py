@@ -146,10 +146,9 @@ def test_integrals_over_a_capital_letter_are_scored(gym_task):
 
 def test_problems_do_not_depend_on_the_hashes_of_the_process(tmp_path):
     code = """
-from esfast.tasks import Score, make_task
-for name in "list_functions isomorphic_strings ransom_note".split():
-    task = make_task(f"reasoning_gym:{name}", size=12)
-    print(task.describe()["digest"], [e.data["answer"] for e in task.train_batch(0, 0, 9)])
+from esfast.tasks import make_task
+task = make_task("reasoning_gym:ransom_note", size=12)
+print(task.describe()["digest"], [e.data["answer"] for e in task.train_batch(0, 0, 9)])
 """
     running = []
     for seed in "12":
@@ -158,7 +157,7 @@ for name in "list_functions isomorphic_strings ransom_note".split():
         command = [sys.executable, "-c", code]
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
     one, other = (process.communicate()[0] for process in running)
-    assert one == other and len(one.splitlines()) == 3
+    assert one == other and len(one.splitlines()) == 1
 
 
 def test_problems_that_cannot_be_made_are_said(cache, tmp_path, monkeypatch):

@@ -19,7 +19,11 @@ SPLIT_SLOTS = 1 << 16
 def digest_int(*key: object) -> int:
     """A 64-bit unsigned integer from the words of `key`."""
     text = "\x1f".join(str(word) for word in key)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return _first_word(hashlib.sha256(text.encode()))
+
+
+def _first_word(digest: hashlib._Hash) -> int:
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -41,13 +45,15 @@ class Draws:
 
     def __init__(self, *key: object) -> None:
         """Start the stream of `key`."""
-        self._key = key
+        self._begun = hashlib.sha256("".join(f"{word}\x1f" for word in key).encode())
         self._drawn = 0
 
     def below(self, bound: int) -> int:
         """An integer in [0, bound); the bias of the modulo is under bound / 2^64."""
         self._drawn += 1
-        return digest_int(*self._key, self._drawn) % bound
+        digest = self._begun.copy()  # half the time of digest_int(*key, k)
+        digest.update(b"%d" % self._drawn)
+        return _first_word(digest) % bound
 
     def between(self, low: int, high: int) -> int:
         """An integer in [low, high], both ends included."""
