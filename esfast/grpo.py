@@ -179,6 +179,7 @@ class GrpoRun(TrainingRun):
         self._scores: list[Score] = []
         self._tokens = 0
         self._generating = 0.0
+        self._last: dict[str, Any] | None = None  # the line that a run goes on after
 
     def run(self, resume: Path | None = None) -> TrainResult:
         """The whole run, from the checkpoint `resume` on if given. Ctrl-C ends it early, with what
@@ -200,6 +201,7 @@ class GrpoRun(TrainingRun):
         """What generating costs without training is measured before any gradient exists."""
         self.folder.begin()
         rows = self.folder.lines()
+        self._last = rows[-1] if rows else None
         self._failed_rewards = sum(row["failed_rewards"] for row in rows)
         prompts = [example.prompt for example in self.batch(0)] * self.config.group_size
         self._measure_start(
@@ -218,9 +220,19 @@ class GrpoRun(TrainingRun):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         self.interrupts.rest()
         self.generation = trainer.state.global_step // self.config.iterations
+        self._make_up(self.generation)
         if self._after is None:  # the checkpoint was the end
             self._after = self._answer_again(self.generation)
-            self._evaluate_prior(self.generation)
+
+    def _make_up(self, generation: int) -> None:
+        """What a run that was stopped in its last step has not measured of it."""
+        last, self._last = self._last, None
+        if last and last["generation"] == generation and last.get("held_out") is None:
+            held_out = self._evaluate_if_due(generation)
+            if held_out is not None:
+                counted = {**self._evaluated(held_out), "cost": self.account.counts()}
+                self.folder.complete_metrics({**last, **counted})
+        self._evaluate_prior(generation)
 
     def _tell_memory(self) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
@@ -244,6 +256,7 @@ class GrpoRun(TrainingRun):
         self.generation = generation  # so many are in the weights, a checkpoint's from here on
         self.clock.lap(RECORDS)
         self.interrupts.rest()
+        self._make_up(generation)
         self._began = sum(self.clock.seconds.values())
         self.progress.doing(f"generation {generation + 1}/{self.config.generations} completions")
         prompts = self.prompts(generation, places)
