@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from esfast.checkpoint import save_model
 from esfast.disk_room import require_disk_for_grpo
+from esfast.errors import DataError
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
 from esfast.loggers import make_loggers, require_packages
@@ -25,7 +27,7 @@ from esfast.prompt_room import Dealt, require_prompts_fit
 from esfast.provenance import provenance, version
 from esfast.report import exit_code, print_result
 from esfast.resume import PastRun, flags_of, resumed
-from esfast.run_folder import RunFolder, alone, folder_for, require_free
+from esfast.run_folder import METRICS, MODEL, RunFolder, alone, folder_for, require_free
 from esfast.tasks import Task
 from esfast.train_flags import (
     above_zero,
@@ -120,7 +122,9 @@ def _train(
         done, checkpoint, changes = 0, None, None
     else:
         description, changes = past.described(description), past.changes
-        done, checkpoint = newest_checkpoint(output / CHECKPOINTS)
+        done, checkpoint = _goes_on_from(
+            output, past.recorded["arguments"].get("checkpoint_every", 0)
+        )
         require_not_over(config.generations, done)
     loaded, engine = open_transformers(args)
     require_disk_for_grpo(engine, config, output, done, past is not None)
@@ -137,10 +141,28 @@ def _train(
     run.prior = prior
     for line in _said(args, run):
         run.progress.note(line)
+    if past is not None and checkpoint is None:
+        run.progress.note("stopped before its first checkpoint: the run begins anew")
     with alone(output):
         result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
     return exit_code(result, output, config.generations, draw=args.plots)
+
+
+def _goes_on_from(run: Path, every: int) -> tuple[int, Path | None]:
+    """Generation and folder of the newest checkpoint; 0 and None for a run that was stopped before
+    its first and so begins anew. DataError where more is there, which that would replace."""
+    found = newest_checkpoint(run / CHECKPOINTS)
+    if found is not None:
+        return found
+    metrics = run / METRICS
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if (run / MODEL).exists() or 0 < every < lines:
+        raise DataError(
+            f"{run / CHECKPOINTS} holds no whole checkpoint to go on from; a run writes them with "
+            "--checkpoint-every N. Put them back, or start a new run."
+        )
+    return 0, None
 
 
 def _description(args: argparse.Namespace, config: GrpoConfig, task: Task) -> dict[str, Any]:

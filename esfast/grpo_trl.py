@@ -153,16 +153,17 @@ def arguments(config: GrpoConfig, folder: Path, model: Any) -> Any:
     )
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Path]:
-    """(generation, path) of the newest whole checkpoint. Raises DataError where there is none."""
-    marks = [mark for mark in folder.glob(f"checkpoint-*/{WHOLE}") if _is_readable(mark.parent)]
-    found = [(_generation_of(mark), mark.parent) for mark in marks]
-    if not found:
+def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """(generation, path) of the newest whole checkpoint, None where none ever was. Raises DataError
+    where all are damaged."""
+    marks = list(folder.glob(f"checkpoint-*/{WHOLE}"))
+    found = [(_generation_of(mark), mark.parent) for mark in marks if _is_readable(mark.parent)]
+    if marks and not found:
         raise DataError(
-            f"{folder} holds no whole checkpoint to go on from; a run writes them with "
-            "--checkpoint-every N. Start a new run."
+            f"{folder} holds no whole checkpoint to go on from: files have lost their end. Start a "
+            "new run."
         )
-    return max(found)
+    return max(found, default=None)
 
 
 def _is_readable(checkpoint: Path) -> bool:
