@@ -101,6 +101,13 @@ def test_ctrl_c_in_a_search_leaves_a_run_that_goes_on(tmp_path, whole):
     require_the_same(tmp_path / "run", whole)
 
 
+def test_ctrl_c_between_both_held_out_scores_counts_neither(tmp_path, whole):
+    best = len(whole.engine.seen) - 1  # the held-out prompts under the best prompt, at the end
+    stopped = make_trainer(tmp_path / "run", InstructionEngine(interrupt_at(best)))
+    assert stopped.run().status == "interrupted"
+    require_the_same(tmp_path / "run", whole)
+
+
 def test_answers_under_a_first_instruction_that_stays_the_best_count_once(tmp_path, monkeypatch):
     """The end of the cycle before counted them; a run that goes on there makes them again."""
     whole = make_trainer(tmp_path / "whole", Stubborn())

@@ -178,10 +178,15 @@ class FastSlowTrainer(Trainer):
         return self._after
 
     def _evaluate(self, generation: int) -> HeldOut:
+        before = replace(self.account.evaluation)
         held_out = super()._evaluate(generation)
         if generation:
             cycle = self.cycles[(generation - 1) // self.config.generations_per_cycle]
-            self._with_prompt = self._evaluate_under(generation, cycle.prompts[0], held_out)
+            try:
+                self._with_prompt = self._evaluate_under(generation, cycle.prompts[0], held_out)
+            except BaseException:  # a run that goes on evaluates both again
+                self.account.evaluation = before
+                raise
         return held_out
 
     def _evaluate_under(
