@@ -358,6 +358,10 @@ WRONG = {
     "half a cycle": ({"generations": 3}, "no whole number of cycles"),
     "no calls": ({"metric_calls": 0}, "metric_calls is 0"),
     "no problems": ({"pareto_size": 0}, "pareto_size is 0"),
+    "a huge cycle": (
+        {"generations": 10**9, "generations_per_cycle": 10**9},
+        r"generations_per_cycle \* prompts is 1000000000 \* 8; expected 1000000 at most",
+    ),
     "half a character": ({"instruction": "\ud83d"}, "half a character"),
     "a cold reflection": ({"reflection_temperature": 1e-9}, "temperature is 1e-09"),
 }
@@ -376,6 +380,14 @@ def test_a_budget_without_a_proposal_is_refused(tmp_path):
     short = make_trainer(tmp_path / "short", metric_calls=12, pareto_size=7)
     with pytest.raises(ConfigError, match=r"expected 13 or more.*7 problems of a cycle's 16"):
         require_budget(short.task, short.config)
+
+
+def test_every_cycles_budget_is_looked_at(tmp_path, monkeypatch):
+    found = "esfast.fast_slow.trainer.problems_of"
+    monkeypatch.setattr(found, lambda task, config, cycle: [None] * (8 + cycle))
+    made = make_trainer(tmp_path / "run", metric_calls=14, pareto_size=None)
+    with pytest.raises(ConfigError, match=r"expected 15 or more.*9 problems of a cycle's 9"):
+        require_budget(made.task, made.config)
 
 
 def test_a_cycle_is_written_and_read_back():

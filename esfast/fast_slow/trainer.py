@@ -33,6 +33,7 @@ from esfast.train import Trainer
 from esfast.training_run import TrainResult
 
 REASONS_SHOWN = 3  # the others are in prompts.jsonl
+MOST_PROBLEMS = 1_000_000  # of a cycle, which are held at once
 INSTRUCTION = "Do exactly what the task below asks for."
 
 
@@ -68,6 +69,11 @@ class FastSlowConfig(TrainConfig):
                 f"{self.generations} generations are no whole number of cycles of "
                 f"{self.generations_per_cycle}."
             )
+        if self.dealt > MOST_PROBLEMS:
+            raise ConfigError(
+                f"generations_per_cycle * prompts is {self.generations_per_cycle} * {self.prompts};"
+                f" expected {MOST_PROBLEMS} at most: a cycle's problems are held at once."
+            )
 
     def _check_population(self) -> None:
         strategy = self.strategy
@@ -100,6 +106,11 @@ class FastSlowConfig(TrainConfig):
         """How many."""
         return self.generations // self.generations_per_cycle
 
+    @property
+    def dealt(self) -> int:
+        """Problems of a cycle, those that are dealt twice twice."""
+        return self.prompts * (1 if self.fixed_prompts else self.generations_per_cycle)
+
 
 def problems_of(task: Instructed, config: FastSlowConfig, cycle: int) -> list[Example]:
     """The distinct problems of a cycle's batches, without an instruction, as they are dealt."""
@@ -115,16 +126,19 @@ def problems_of(task: Instructed, config: FastSlowConfig, cycle: int) -> list[Ex
 
 def require_budget(task: Instructed, config: FastSlowConfig) -> None:
     """ConfigError where a cycle's metric calls do not do for its first proposal."""
-    problems = len(problems_of(task, config, 0))
-    scored_on = min(problems, config.pareto_size or problems)
-    least = scored_on + 2 * MINIBATCH
-    if config.metric_calls < least:
-        raise ConfigError(
-            f"metric_calls is {config.metric_calls}; expected {least} or more: candidates are "
-            f"scored on {scored_on} problems of a cycle's {problems}, and a proposal takes "
-            f"{2 * MINIBATCH} more. Allow more with --metric-calls, or score on fewer with "
-            "--pareto-size."
-        )
+    if config.metric_calls >= min(config.dealt, config.pareto_size or config.dealt) + 2 * MINIBATCH:
+        return
+    for cycle in range(1 if config.fixed_prompts else config.cycles):
+        problems = len(problems_of(task, config, cycle))
+        scored_on = min(problems, config.pareto_size or problems)
+        least = scored_on + 2 * MINIBATCH
+        if config.metric_calls < least:
+            raise ConfigError(
+                f"metric_calls is {config.metric_calls}; expected {least} or more: candidates are "
+                f"scored on {scored_on} problems of a cycle's {problems}, and a proposal takes "
+                f"{2 * MINIBATCH} more. Allow more with --metric-calls, or score on fewer with "
+                "--pareto-size."
+            )
 
 
 class FastSlowTrainer(Trainer):
