@@ -20,6 +20,7 @@ from esfast.loggers import LOGGERS
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
 from esfast.prior import PriorSettings, PriorTask, PriorTasks, make_prior_task
+from esfast.prior.harness import HarnessTask
 from esfast.rollout import TrainConfig
 from esfast.shaping import METHODS
 from esfast.strategy import DECAYS, ROUNDINGS, AnchoredDecay, StrategyConfig
@@ -271,6 +272,11 @@ def prior_of(args: argparse.Namespace) -> PriorTasks:
     try:
         for name in prior_names(args.prior_tasks):
             tasks.append(make_prior_task(name, settings, args.prior_path))
+        if args.prior_path is not None and not any(isinstance(t, HarnessTask) for t in tasks):
+            raise ConfigError(
+                f"--prior-path {args.prior_path} holds tasks of lm-evaluation-harness, and "
+                "--prior-tasks names none of those; name one, or leave --prior-path out."
+            )
         return PriorTasks(tasks, settings)
     except BaseException:
         for task in tasks:

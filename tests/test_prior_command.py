@@ -66,6 +66,7 @@ def test_bad_flags_are_refused_before_a_model_is_loaded(flags, capsys):
     cases = [
         (["--prior-tasks", "facts.jsonl,,x"], "has an empty name"),
         (["--prior-tasks", "facts.jsonl,facts.jsonl"], "given twice"),
+        (["--prior-path", "."], "--prior-tasks names none of those"),
         (["--prior-every", "0"], "whole number of 1 or more"),
         (["--weight-decay-lambda", "some"], "'some' is not a number or 'auto'"),
         (["--weight-decay-lambda", "auto"], "--weight-decay-type"),
