@@ -14,12 +14,11 @@ from importlib import import_module
 from typing import NoReturn
 
 import esfast
-from esfast.errors import EsfastError
+from esfast.errors import MENDABLE, EsfastError
 from esfast.failures import visible
 from esfast.interrupts import INTERRUPTED, ended_as_interrupted
 from esfast.lasting_output import is_worth_telling, lasting_output
 
-MENDABLE = 2
 LESS_MEMORY = (
     "Choose a smaller model, a narrower --dtype, --memory lean, or a smaller --batch-size."
 )

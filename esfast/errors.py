@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MENDABLE = 2
+"""The exit code."""
+
 
 class EsfastError(Exception):
     """Base of every error that a user can mend."""

@@ -146,7 +146,7 @@ def _train(
     with alone(output):
         result = run.run(checkpoint)
     print_result(run.progress.console, result, output)
-    return exit_code(result, output, config.generations, draw=args.plots)
+    return exit_code(result, output, config, draw=args.plots)
 
 
 def _goes_on_from(run: Path, every: int) -> tuple[int, Path | None]:

@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from esfast import plots
+from esfast.errors import MENDABLE
 from esfast.failures import visible
 from esfast.held_out import HeldOut
 from esfast.interrupts import INTERRUPTED
 from esfast.measure import FINISH, LOOP, SETUP
 from esfast.prior.scores import KINDS
-from esfast.training_run import SAMPLES_SHOWN, TrainResult
+from esfast.training_run import SAMPLES_SHOWN, RunSettings, TrainResult
 
 LONGEST_SHOWN = 200
 REASONS_SHOWN = 3
@@ -157,15 +158,23 @@ def _shown(text: str) -> str:
     return line if len(line) <= LONGEST_SHOWN else line[: LONGEST_SHOWN - 3] + "..."
 
 
-def exit_code(result: TrainResult, output: Path, generations: int, draw: bool) -> int:
-    """Draws the run's pictures; 0, or 130 where Ctrl-C ended it before `generations`."""
+def exit_code(result: TrainResult, output: Path, config: RunSettings, draw: bool) -> int:
+    """Draws the run's pictures; 0, 130 where Ctrl-C ended it before its last generation, or 2 where
+    every reward failed: the failure reward is the same for all, and moves nothing."""
     if draw:
         plots.draw_run(output)
-    if result.status != "interrupted":
-        return 0
-    print(
-        f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
-        f"{generations}.",
-        file=sys.stderr,
-    )
-    return INTERRUPTED
+    if result.status == "interrupted":
+        print(
+            f"esfast: interrupted; {output} is complete up to generation {result.generations} of "
+            f"{config.generations}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    if 0 < result.failed_rewards == result.generations * config.completions:
+        print(
+            f"esfast: all {result.failed_rewards} rewards failed, so nothing was learnt. Mend what "
+            "the reasons above name, and start a new run.",
+            file=sys.stderr,
+        )
+        return MENDABLE
+    return 0

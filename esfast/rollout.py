@@ -51,6 +51,11 @@ class TrainConfig:
         require_whole(self, 1, *counts)
         require_whole(self, 0, "snapshot_every")
 
+    @property
+    def completions(self) -> int:
+        """Answers of members a generation."""
+        return self.prompts * self.strategy.population_size
+
 
 @dataclass(frozen=True)
 class Earned:

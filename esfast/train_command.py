@@ -145,7 +145,7 @@ def _train(
             trainer.progress.note(line)
         result = trainer.run()
     print_result(trainer.progress.console, result, output)
-    return exit_code(result, output, config.generations, draw=args.plots)
+    return exit_code(result, output, config, draw=args.plots)
 
 
 def _follow(args: argparse.Namespace, config: TrainConfig, task: Task, workers: Workers) -> int:

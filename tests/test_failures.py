@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from number_engine import Targets, make_trainer, shown
+from test_cli import run as run_command
 
 from esfast.failures import KEPT, OTHERS, TOLD, Failures
 from esfast.report import result_lines
@@ -43,3 +45,22 @@ def test_a_run_says_why(tmp_path: Path) -> None:
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["failed_rewards"] == 16  # of the members; 2 more of the held-out prompts
     assert summary["failure_reasons"] == [{"reason": reason, "count": 18}]
+
+
+@pytest.mark.parametrize(
+    ("reward", "code"), [("1 / 0", 2), ("1.0 if '0' in str(prompt) else 1 / 0", 0)]
+)
+def test_a_run_whose_rewards_all_failed_is_no_success(
+    reward: str, code: int, tmp_path: Path, tiny_model: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(f"def reward(prompt, completion):\n    return {reward}\n")
+    Path("data.jsonl").write_text('{"prompt": "Say 0"}\n{"prompt": "Say 1"}\n')
+    Path("held.jsonl").write_text('{"prompt": "Say 2"}\n')
+    flags = ("--data", "data.jsonl", "--eval-data", "held.jsonl", "--prompts", "2", "--no-plots")
+    small = ("--max-new-tokens", "2", "--population-size", "2", "--generations", "2")
+    own = ("--model", str(tiny_model), "--reward", "mine.py:reward", "--threads", "1")
+    assert run_command("train", *own, *flags, *small, "--output", "run") == code
+    error = capsys.readouterr().err
+    assert ("all 8 rewards failed, so nothing was learnt" in error) == (code == 2)
+    assert read_json(Path("run/summary.json"))["status"] == "finished"
