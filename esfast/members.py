@@ -126,5 +126,11 @@ def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0)
             "from 0 on, and indices end at 2**64."
         )
     spec, number = require_member(member).spec, member.noise_number
-    values = _core.reveal(number, spec, tensor_id(name), start, math.prod(sizes))
-    return np.asarray(values).reshape(sizes)
+    try:
+        values = _core.reveal(number, spec, tensor_id(name), start, math.prod(sizes))
+        return np.asarray(values).reshape(sizes)
+    except ValueError as error:
+        raise ConfigError(
+            f"noise was asked for shape {shape!r}, which no numpy array has ({error}); give a part "
+            "of it, with the index of its first element."
+        ) from None

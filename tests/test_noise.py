@@ -304,6 +304,12 @@ def test_noise_ends_where_indices_do() -> None:
         noise(Member(1), NAME, 10**30)
 
 
+@pytest.mark.parametrize("shape", [2**62, 2**63, (0, 2**63), (1,) * 65])
+def test_a_shape_that_numpy_has_no_array_of_is_refused(shape: Any) -> None:
+    with pytest.raises(esfast.ConfigError, match="which no numpy array has"):
+        noise(Member(1), NAME, shape)
+
+
 @pytest.mark.parametrize(
     "numbers", [(-1, 0, 0), (0, 2**64, 0), (0, 0, 2**32), (0.5, 0, 0), (0, "1", 0)]
 )
