@@ -77,9 +77,13 @@ class Journal:
 
 
 def journal_path(run: str | Path) -> Path:
-    """The journal of a run's folder, or the file itself."""
+    """The journal of a run's folder, or the file itself. DataError for a name no file has."""
     path = Path(run).expanduser()
-    return path / JOURNAL if path.is_dir() else path
+    try:
+        return path / JOURNAL if path.is_dir() else path
+    except OSError as error:  # of 256 letters, for one
+        why = error.strerror or error
+        raise DataError(f"no journal can be '{path}': {why}. Name another file.") from None
 
 
 def read_journal(run: str | Path) -> Journal:

@@ -105,6 +105,13 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
     assert len(read_journal(tmp_path / "j").generations) == 1
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    es = EvolutionStrategy(torch.nn.Linear(2, 1), sigma=0.1, alpha=0.1, population_size=2)
+    for use in (lambda path: keep_journal(es, path), read_journal):
+        with pytest.raises(DataError, match=r"no journal can be .*File name too long"):
+            use(tmp_path / ("x" * 256))
+
+
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path):
     """A real limit on the size of files: the write stops in the middle of a record."""
     path = tmp_path / "j"
