@@ -32,7 +32,15 @@ class OutsideEdits:
 
     def accept(self) -> None:
         """The tensors are as they should be."""
+        self.untold: str | None = None  # what was kept
+        self._count()
+
+    def _count(self) -> None:
         self._counts: list[int] | None = [tensor._version for _, tensor in self._watched]
+
+    def keep(self) -> None:
+        """What is found now is found until it has been told: a Ctrl-C may come in between."""
+        self.untold = self.found()
 
     def tell(self) -> None:
         """Of an edit of one's own: autocast drops its casts of fp32 weights, and a backward pass
@@ -41,12 +49,12 @@ class OutsideEdits:
         self._counts = None  # unknown, should a Ctrl-C fall in here
         for tensor in self._told:
             increment_version(tensor)
-        self.accept()
+        self._count()
 
     def found(self) -> str | None:
         """The name of a tensor that somebody else edited, if any."""
-        if self._counts is None:
-            return None
+        if self.untold is not None or self._counts is None:
+            return self.untold
         for (name, tensor), count in zip(self._watched, self._counts, strict=True):
             if tensor._version != count:
                 return name
@@ -69,9 +77,9 @@ class OutsideEdits:
         pairs = zip(self._segments, bases, strict=True)
         return all(_same_bits(s.tensor, base.to(s.tensor.dtype)) for s, base in pairs)
 
-    @staticmethod
-    def require_not_under_member(edited: str | None, memory: str) -> None:
-        """StateError where `edited` was edited under the member that has been restored."""
+    def require_not_under_member(self, memory: str) -> None:
+        """StateError where what was kept was edited under the member that has been restored."""
+        edited, self.untold = self.untold, None
         if edited is None:
             return
         gone = "that edit is gone. Edit between members"

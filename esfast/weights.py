@@ -186,8 +186,8 @@ class Weights(LiveWeights):
         with self._turn:
             self.table.check_memory()
             applied = self.perturbed
-            edited = self._outside.found() if applied else None
             if applied:
+                self._outside.keep()
                 self._outside.tell()
             if self.memory == "lean":
                 self._core.restore(self._records, self.threads)
@@ -196,7 +196,7 @@ class Weights(LiveWeights):
                 self._perturbed = False
             if applied:
                 self._require_not_taken_away()
-                self._outside.require_not_under_member(edited, self.memory)
+            self._outside.require_not_under_member(self.memory)
 
     def _require_not_taken_away(self) -> None:
         try:
@@ -211,7 +211,7 @@ class Weights(LiveWeights):
         """StateError where an edit would not reach the model, or would undo somebody else's."""
         with self._turn:
             self._require_in_place()
-            if self.perturbed and self._outside.found() is not None:
+            if (self.perturbed or self._outside.untold) and self._outside.found() is not None:
                 self.restore()  # which says it
             self._outside.require_known(self._bases, self.memory)
 

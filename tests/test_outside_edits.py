@@ -110,6 +110,33 @@ def test_an_edit_under_a_member_is_said(memory: str, meets: str) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("meets", ["restore", "next member"])
+def test_ctrl_c_in_a_restore_forgets_no_edit(memory: str, after: bool, meets: str) -> None:
+    """Before the core's work, and after it."""
+    tensor = torch.randn(64)
+    weights = Weights(table_of(tensor), memory)
+    weights.perturb(Member(1), 0.1)
+    tensor.mul_(2)
+    owner: Any = weights if after else weights._outside
+    step = "_require_not_taken_away" if after else "tell"
+    do = getattr(owner, step)
+
+    def interrupted() -> None:
+        do()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, step, interrupted)
+        weights.restore()
+    assert weights.perturbed != after
+    with pytest.raises(StateError, match="'w' was edited by something else while a member"):
+        weights.restore() if meets == "restore" else weights.perturb(Member(2), 0.1)
+    weights.perturb(Member(2), 0.1)  # told once
+    weights.restore()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_two_strategies_with_interleaved_members_are_told(memory: str) -> None:
     model = torch.nn.Linear(8, 8)
     one, other = (EvolutionStrategy(model, memory=memory, **SETTINGS) for _ in range(2))
