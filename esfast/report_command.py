@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from esfast.errors import ConfigError
 from esfast.html_report import build, figures_folder, read_runs, read_subjects
-from esfast.html_report.run_data import with_subjects
+from esfast.html_report.run_data import DIAGNOSTICS, Subject, with_subjects
 from esfast.html_report.sequence import is_chain, read_chain
 from esfast.provenance import provenance
 
@@ -38,9 +39,12 @@ def run_report(args: argparse.Namespace) -> int:
     stages = {chain.path: chain.stages for chain in chains}
     folders = [folder for path in given for folder in stages.get(path, (path,))]
     runs = read_runs([str(folder) for folder in folders], names)
-    diagnosed = [subject for path in args.forgetting for subject in read_subjects(path)]
-    runs, extras = with_subjects(runs, diagnosed)
+    diagnosed = [(Path(path), found) for path in args.forgetting for found in read_subjects(path)]
+    known = [(run.path / DIAGNOSTICS, run.subject) for run in runs if run.subject] + diagnosed
+    runs, extras = with_subjects(runs, [subject for _, subject in diagnosed])
     console = Console()
+    for line in _not_shown(known, [*extras, *(run.subject for run in runs if run.subject)]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     with console.status("drawing the report"):
         figures = build(runs, output, provenance(args.command_line), extras, args.title, chains)
     count = f"{len(runs)} runs" if len(runs) > 1 else "one run"
@@ -50,6 +54,17 @@ def run_report(args: argparse.Namespace) -> int:
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     return 0
+
+
+def _not_shown(known: Sequence[tuple[Path, Subject]], shown: Sequence[Subject]) -> list[str]:
+    """Diagnoses that others of the same run took the place of, each with its file."""
+    records = [subject.record for subject in shown]
+    return [
+        f"{path}: its diagnosis of {subject.name} is not in the report, which has another of that "
+        "run; a report takes one a run"
+        for path, subject in known
+        if subject.record not in records
+    ]
 
 
 def _require_writable(output: Path) -> None:

@@ -49,6 +49,26 @@ def test_a_second_one_goes_beside_both(tmp_path: Path) -> None:
     assert output in forgetting_command(read_run(run, "run"))
 
 
+def test_a_diagnosis_that_another_takes_the_place_of_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder(tmp_path / "run")
+    own = run / "forgetting"
+    found = json.loads((own / "forgetting.json").read_text(encoding="utf-8"))
+    flags = []
+    for name in ("forgetting-2", "forgetting-3"):
+        found["subjects"][0]["name"] = name
+        write(run / name / "forgetting.json", found)
+        flags += ["--forgetting", str(run / name)]
+    report = ["report", str(run), "-o", str(tmp_path / "report.html")]
+    assert main([*report, "--forgetting", str(own)]) == 0
+    assert "not in the report" not in capsys.readouterr().out
+    assert main([*report, *flags]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "not in the report" in line]
+    assert [line.partition(":")[0] for line in told] == [
+        str(own / "forgetting.json"), str(run / "forgetting-2")]  # fmt: skip
+
+
 def test_a_report_replaces_reports_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
