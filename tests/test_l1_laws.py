@@ -119,6 +119,18 @@ def test_the_closed_form_meets_the_solved_density(generations: float) -> None:
     assert near(shares[0], shares[1], 1e-3)
 
 
+@pytest.mark.parametrize("pull", [1, 7, 9, 20])
+def test_strong_pulls_leave_little_and_never_less_than_nothing(pull: float) -> None:
+    """From 1e-1 to 1e-91 of a step squared, where differences of masses would be rounding alone."""
+    there, soon = (l1_walk.variance(1.0, pull, generations) for generations in (math.inf, 200))
+    assert there > 0 and near(there, soon, 1e-9)
+    chains = [
+        l1_walk.rounded_variance(0.01, 0.01 * pull, rounding_variance, t) for t in (math.inf, 5000)
+    ]
+    assert chains[0] > 0 and near(*chains, 1e-9)
+    assert l1_norm(ALPHA, pull / math.sqrt(MEMBERS), MEMBERS, WIDE) > 0
+
+
 @pytest.mark.parametrize("pull", [0.02, 0.3])
 def test_the_chain_meets_the_closed_form_on_a_fine_grid(pull: float) -> None:
     """A step of three last places: rounding adds 1/6 of a place squared to its 9."""

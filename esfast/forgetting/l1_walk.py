@@ -181,12 +181,27 @@ def _solved(pull: float, generations: float) -> _Density:
 
 
 def state_after(chances: np.ndarray, generations: float) -> np.ndarray:
-    """Masses after T generations from the first state, or at rest; chances: columns of sum 1."""
+    """Masses after T generations from the first state, or at rest; chances: columns of sum 1.
+
+    At rest every state has to lead back to an earlier one.
+    """
     if not math.isinf(generations):
         return np.asarray(np.linalg.matrix_power(chances, round(generations))[:, 0])
-    balance = chances - np.eye(len(chances))
-    balance[-1] = 1.0  # one balance follows from the others; all masses sum to 1
-    return np.linalg.solve(balance, np.append(np.zeros(len(chances) - 1), 1.0))
+    return _at_rest(chances)
+
+
+def _at_rest(chances: np.ndarray) -> np.ndarray:
+    """States are taken out one by one, last first, and their flows led past them (Grassmann, Taksar
+    and Heyman 1985): nothing is subtracted, so that masses of 1e-80 are right and never negative.
+    """
+    flows = chances.T.copy()
+    for last in range(len(flows) - 1, 0, -1):
+        flows[:last, last] /= flows[last, :last].sum()
+        flows[:last, :last] += np.outer(flows[:last, last], flows[last, :last])
+    masses = np.ones(len(flows))
+    for state in range(1, len(flows)):
+        masses[state] = masses[:state] @ flows[:state, state]
+    return np.asarray(masses / masses.sum())
 
 
 def _grid_chances(step: float, pull: float, states: int) -> np.ndarray:

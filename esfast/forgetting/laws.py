@@ -275,7 +275,7 @@ def _chain_variance(step: float, k: float, states: int) -> float:
     From j the unrounded weight is N(k j, (k step)^2), and stochastic rounding takes it to i with
     probability max(0, 1 - |x - i|), whose mean is half a second difference of E|x - i|.
     """
-    j = np.arange(-states, states + 1)
+    j = np.array(sorted(range(-states, states + 1), key=abs))  # 0 first, all lead back to it
     away = k * j[None, :] - j[:, None]  # mean of x - i, row i, column j
     mean = [_folded_mean(away + shift, k * step) for shift in (-1, 0, 1)]
     chances = np.maximum(0.0, (mean[0] - 2 * mean[1] + mean[2]) / 2)
