@@ -55,6 +55,13 @@ def test_a_record_is_read_back():
     assert PriorScore.from_record(none.record()) == none
 
 
+def test_what_comes_of_scores_is_the_same_after_they_were_read_back():
+    """A run that goes on has them from its file, and ends with the numbers of the whole run."""
+    scores = [score(g, [1 / 3, g / 7, 0.5 / (1 + g)]) for g in (0, 1, 2)]
+    again = [PriorScore.from_record(json.loads(json.dumps(one.record()))) for one in scores]
+    assert outcome(scores) == outcome(again)
+
+
 def test_dip_change_and_recovery_are_told_apart():
     levels = {0: [1, 1, 1, 0], 2: [1, 0, 0, 0], 4: [1, 1, 0, 0]}
     found = outcome([score(g, values) for g, values in reversed(levels.items())])["greedy"]

@@ -43,27 +43,29 @@ class Estimate:
     def of(
         cls, values: Sequence[float] | np.ndarray, samples: int = 1, temperature: float = 0.0
     ) -> Estimate:
-        """From one value a prompt (its mean over the samples)."""
+        """From one value a prompt (its mean over the samples), kept to six digits: what is computed
+        of them is the same in a run that goes on, which has them from its file."""
         array = np.asarray(values, dtype=np.float64)
         mean = float(array.mean())
         low, high = interval_of_mean(array)
-        return cls(mean, low, high, tuple(map(float, array)), samples, temperature)
+        kept = tuple(round(float(value), 6) for value in array)
+        return cls(mean, low, high, kept, samples, temperature)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Estimate:
-        """The inverse of `record`, up to the rounding of the values."""
+        """The inverse of `record`."""
         low, high = record["score_95"]
         kept = tuple(record["values"])
         return cls(record["score"], low, high, kept, record["samples"], record["temperature"])
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON values; a prompt's value is rounded to six digits."""
+        """Plain JSON values."""
         return {
             "score": self.score,
             "score_95": [self.low, self.high],
             "samples": self.samples,
             "temperature": self.temperature,
-            "values": [round(value, 6) for value in self.values],
+            "values": list(self.values),
         }
 
     def text(self) -> str:
