@@ -205,7 +205,7 @@ class JournalWriter:
         path = Path(path)
         data = encode_header(header)
         journal = parse(data, str(path))
-        temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
+        temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
         descriptor = _open(temporary, os.O_CREAT | os.O_EXCL, path)
         try:
             lock(descriptor, f"the journal '{path}'")

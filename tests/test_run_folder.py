@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from journals import HEADER
 
 from esfast import ConfigError, EsfastError, StateError
 from esfast.checkpoint import new_folder
+from esfast.journal import JournalWriter
 from esfast.run_folder import RunFolder, alone, read_config
 
 
@@ -60,6 +62,18 @@ def test_folders_of_models_that_were_not_saved_whole_go(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", {}, changes={}).begin()
     run.snapshots.rmdir()
     assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+def test_what_a_process_killed_in_making_its_journal_left_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run", {})
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        JournalWriter.create(run.journal_path, HEADER).close()
+    assert len(list(run.path.iterdir())) == 3
+    RunFolder(tmp_path / "run", {}, changes={}).begin()
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "journal.esj"]
 
 
 def test_an_old_model_stays_until_a_new_one_is_there(tmp_path: Path) -> None:
