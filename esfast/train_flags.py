@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -33,6 +33,11 @@ ENGINES = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
 PAPER_LAMBDA = {"l1": 0.01, "l2": 10.0}
 AUTO = "auto"
+REWARD_FLAGS = {
+    "timeout": "--reward-timeout", "workers": "--reward-workers", "memory": "--reward-memory",
+    "limits": "--reward-timeout, --reward-workers and --reward-memory",
+}  # fmt: skip
+"""Of a task's options, those with flags of another name."""
 Settings = TypeVar("Settings")
 
 
@@ -239,9 +244,15 @@ def task_of(args: argparse.Namespace) -> Task:
             "--data needs to be told how its answers are scored: --reward module:function for a "
             "function of yours, or --task questions or gsm8k."
         )
-    for flag, path in (("data", args.data), ("eval_data", args.eval_data)):
-        if path is not None:
-            options[flag] = path
+    flags = _of_task(name, args)
+    _require_once(options, flags)
+    return make_task(name, **options, **flags)
+
+
+def _of_task(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the task that have flags of their own."""
+    files = {"data": args.data, "eval_data": args.eval_data}
+    options: dict[str, Any] = {n: path for n, path in files.items() if path is not None}
     if name == "custom":
         options |= {
             "reward": args.reward,
@@ -253,7 +264,16 @@ def task_of(args: argparse.Namespace) -> Task:
     elif name.startswith("reasoning_gym"):
         memory = Limits.bytes_of(args.reward_memory)
         options["limits"] = Limits(args.reward_timeout, args.reward_workers, memory)
-    return make_task(name, **options)
+    return options
+
+
+def _require_once(options: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """ConfigError for a --task-option that a flag would overrule without a word."""
+    for name in sorted(options.keys() & flags.keys()):
+        flag = REWARD_FLAGS.get(name) or "--" + name.replace("_", "-")
+        raise ConfigError(
+            f"--task-option {name}={options[name]} would be overruled by {flag}; give that instead."
+        )
 
 
 def prior_of(args: argparse.Namespace) -> PriorTasks:

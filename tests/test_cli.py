@@ -61,6 +61,14 @@ REFUSED = {
     "a task without data": (["train", "--task", "gsm8k"], "--data"),
     "data without a reward": (["train", "--data", "no.jsonl"], "--reward module:function"),
     "an unknown option": (["train", "--task-option", "digits=3"], "has no option digits"),
+    "an option that a flag overrules": (
+        ["train", "--reward", "json:loads", "--data", "no.jsonl", "--task-option", "timeout=1"],
+        "--task-option timeout=1 would be overruled by --reward-timeout",
+    ),
+    "an option that a given flag overrules": (
+        ["train", "--task", "gsm8k", "--data", "no.jsonl", "--task-option", "data=other.jsonl"],
+        "--task-option data=other.jsonl would be overruled by --data",
+    ),
     "an option without value": (["train", "--task-option", "digits"], "name=value"),
     "a reward without data": (["train", "--reward", "json:loads"], "--data"),
     "a reward for another task": (
