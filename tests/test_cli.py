@@ -61,6 +61,11 @@ REFUSED = {
     "a task without data": (["train", "--task", "gsm8k"], "--data"),
     "data without a reward": (["train", "--data", "no.jsonl"], "--reward module:function"),
     "an unknown option": (["train", "--task-option", "digits=3"], "has no option digits"),
+    "an option called name": (["train", "--task-option", "name=x"], "has no option name"),
+    "an option called self": (
+        ["train", "--task", "reasoning_gym:gcd", "--task-option", "self=1"],
+        "refuses its options",
+    ),
     "an option that a flag overrules": (
         ["train", "--reward", "json:loads", "--data", "no.jsonl", "--task-option", "timeout=1"],
         "--task-option timeout=1 would be overruled by --reward-timeout",

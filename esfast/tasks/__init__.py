@@ -36,7 +36,7 @@ PLAIN: dict[object, tuple[tuple[type, ...], str]] = {
 }
 
 
-def make_task(name: str, **options: Any) -> Task:
+def make_task(name: str, /, **options: Any) -> Task:
     """The task called `name`; `reasoning_gym:DATASET` names a data set of that package,
     `questions:DATASET` one of the sets kept with that task.
 

@@ -57,6 +57,7 @@ class ReasoningGym(PooledTask):
 
     def __init__(
         self,
+        /,
         dataset: str = "",
         size: int = 1000,
         problems_seed: int = 0,
