@@ -66,6 +66,10 @@ REFUSED = {
         ["train", "--task", "reasoning_gym:gcd", "--task-option", "self=1"],
         "refuses its options",
     ),
+    "an option of another name": (
+        ["train", "--task", "reasoning_gym:gcd", "--task-option", "seed=3"],
+        "which it calls problems_seed",
+    ),
     "an option that a flag overrules": (
         ["train", "--reward", "json:loads", "--data", "no.jsonl", "--task-option", "timeout=1"],
         "--task-option timeout=1 would be overruled by --reward-timeout",

@@ -70,6 +70,11 @@ class ReasoningGym(PooledTask):
         """
         if size < 5:
             raise ConfigError(f"reasoning_gym got size={size}; expected 5 problems or more.")
+        if "seed" in options:
+            raise ConfigError(
+                f"reasoning_gym got seed={options['seed']!r}, which it calls problems_seed; give "
+                "that."
+            )
         self.name = f"reasoning_gym:{dataset}"
         config = {**options, "size": size, "seed": problems_seed}
         made = _create(dataset, config)
