@@ -211,8 +211,10 @@ def folder_for(output: str | None, name: str) -> Path:
 
 
 def require_free(path: Path) -> None:
-    """Raises ConfigError where `path` is something other than an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises ConfigError where `path` is something other than an empty folder, or one of a run that
+    was killed before it had its config.json."""
+    begun = f"*.{CONFIG}.*.tmp"  # of _claim, and of the file that it writes aside
+    if path.exists() and (not path.is_dir() or any(not p.match(begun) for p in path.iterdir())):
         raise ConfigError(f"{path} is there already; give another folder with --output.")
 
 

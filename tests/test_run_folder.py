@@ -12,7 +12,7 @@ from journals import HEADER
 from esfast import ConfigError, EsfastError, StateError
 from esfast.checkpoint import new_folder
 from esfast.journal import JournalWriter
-from esfast.run_folder import RunFolder, alone, read_config
+from esfast.run_folder import RunFolder, alone, read_config, require_free
 
 
 def test_of_two_runs_that_make_a_folder_at_once_one_is_refused(
@@ -39,6 +39,21 @@ def test_a_run_that_could_not_say_what_it_is_leaves_its_folder_free(
     assert not any((tmp_path / "run").iterdir())
     RunFolder(tmp_path / "run", {"seed": 1})
     assert read_config(tmp_path / "run") == {"seed": 1}
+
+
+@pytest.mark.parametrize("last_call", ["fsync", "link"])
+def test_a_run_killed_before_it_had_its_config_leaves_its_folder_free(
+    tmp_path: Path, last_call: str
+) -> None:
+    child = os.fork()
+    if child == 0:
+        setattr(os, last_call, lambda *_: os._exit(0))
+        RunFolder(tmp_path / "run", {"seed": 1})
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0 and len(list((tmp_path / "run").iterdir())) == 1
+    require_free(tmp_path / "run")
+    RunFolder(tmp_path / "run", {"seed": 2})
+    assert read_config(tmp_path / "run") == {"seed": 2}
 
 
 def test_a_run_without_a_journal_is_one_process_alone(tmp_path: Path) -> None:
