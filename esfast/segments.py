@@ -205,8 +205,6 @@ def _overlap_inside(segments: Sequence[Segment]) -> Segment | None:
             strides=(*(s * size for s in segment.tensor.stride()), 1),
         )
         before = int(np.count_nonzero(taken))
-        if view.any():
-            return segment
         view[...] = True
         if int(np.count_nonzero(taken)) - before != view.size:
             return segment
