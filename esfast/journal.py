@@ -27,7 +27,6 @@ from esfast.journal_format import (
     CHECK_BYTES,
     HEAD,
     HEAD_CHECK_BYTES,
-    MAGIC,
     GenerationRecord,
     JournalHeader,
     Record,
@@ -370,7 +369,7 @@ def _unpacked(data: bytes, where: str) -> bytes:
         plain = zlib.decompressobj().decompress(packed, length + 1)
     except zlib.error:
         raise damaged from None
-    if len(plain) != length or not plain.startswith(MAGIC):
+    if len(plain) != length:
         raise damaged
     return plain
 

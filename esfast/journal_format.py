@@ -328,7 +328,7 @@ def _header_end(data: bytes, where: str) -> int:
             )
     end = PREFIX.size + length + CHECK_BYTES
     body = data[: end - CHECK_BYTES]
-    if end > len(data) or data[end - CHECK_BYTES : end] != check_of(b"", body):
+    if data[end - CHECK_BYTES : end] != check_of(b"", body):
         raise DataError(
             f"'{where}': its header is damaged (the check value does not fit its {length} bytes). "
             "Copy the file again, or start the run anew."
