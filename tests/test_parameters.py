@@ -174,6 +174,18 @@ def test_overlapping_segments_are_refused(first: tuple, second: tuple) -> None:
         ParameterTable([piece(*first), piece(*second)])
 
 
+def test_what_lies_between_hides_no_overlap() -> None:
+    upper, lower = piece(slice(0, 4), slice(0, 8)), piece(slice(4, 8), slice(0, 8))
+    with pytest.raises(ParameterError, match="given twice"):
+        ParameterTable([upper, lower, piece(slice(0, 1), slice(0, 8))])
+    room = torch.ones(100)
+    for parts in (
+        (slice(0, 99, 2), slice(1, 2), slice(50, 51)), (slice(50, 60), slice(70, 80), slice(55, 57))
+    ):  # fmt: skip
+        with pytest.raises(ParameterError, match="shares memory"):
+            ParameterTable.from_tensors({str(part): room[part] for part in parts})
+
+
 def test_touching_segments_and_partial_tables_are_fine() -> None:
     table = ParameterTable([piece(slice(0, 4), slice(0, 8)), piece(slice(4, 8), slice(0, 3))])
     assert table.numel == 32 + 12
