@@ -13,7 +13,7 @@ import torch
 from esfast import EvolutionStrategy, Member
 from esfast.errors import ConfigError, StateError
 from esfast.interrupts import Interrupts
-from esfast.journal import read_journal
+from esfast.journal import JournalWriter, read_journal
 from esfast.replay import keep_journal
 
 Evaluate = Callable[[Member], float]
@@ -141,24 +141,29 @@ def test_a_member_that_there_is_not_is_no_member(number: Any) -> None:
 
 
 @pytest.mark.parametrize("memory", ["lean", "shadow"])
+@pytest.mark.parametrize("call", ["append", "update", "update alone"])
 def test_ctrl_c_in_a_step_comes_after_all_of_it(
-    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards = [1.0, 3.0, 2.0, 0.0]
     whole_model, whole = made(memory=memory)
     whole.step(rewards)
     model, es = made(memory=memory)
     keep_journal(es, tmp_path / "journal.esj")
-    update = type(es.weights).update
+    owner: Any = JournalWriter if call == "append" else type(es.weights)
+    name = call.split()[0]
+    do, record = getattr(owner, name), es.decide(rewards)
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
-        report = update(*arguments, **named)
+        report = do(*arguments, **named)
         signal.raise_signal(signal.SIGINT)  # as if it had come while the core was at work
         return report
 
-    monkeypatch.setattr(type(es.weights), "update", interrupted)
+    if call == "update alone" and es.journal is not None:  # as `esfast train` does it
+        es.journal.append(record)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        es.step(rewards)
+        es.apply(record) if call == "update alone" else es.step(rewards)
     monkeypatch.undo()
     assert es.generation == 1 == len(read_journal(tmp_path / "journal.esj").generations)
     assert torch.equal(model.weight, whole_model.weight)

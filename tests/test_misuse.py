@@ -19,6 +19,7 @@ import torch
 import esfast
 from esfast import Anchor, AnchoredDecay, EvolutionStrategy, Member, ParameterTable, Weights
 from esfast.errors import ConfigError, DataError, ParameterError, StateError
+from esfast.replay import header_of
 from esfast.strategy import StrategyConfig
 
 
@@ -170,6 +171,7 @@ def test_memory_given_up_under_a_member_is_not_restored_into() -> None:
     tensor.resize_(1_000_000)
     with pytest.raises(StateError, match="given up"):
         weights.restore()
+    assert weights.perturbed  # nothing was written where something else lies now
     with pytest.raises(StateError, match="given up"):
         weights.checksum()
 
@@ -251,7 +253,10 @@ def test_a_member_is_of_whole_numbers(field: str, value: object) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     member = Member(np.uint64(5), np.int8(-1), "gaussian", np.int64(3))  # type: ignore[arg-type]
-    assert member == Member(5, -1, "gaussian", 3)
+    assert json.dumps(dataclasses.asdict(member)) == json.dumps(
+        dataclasses.asdict(Member(5, -1, "gaussian", 3))
+    )
+    assert type(AnchoredDecay("l2", np.float32(2)).weight) is float  # type: ignore[arg-type]
     assert Weights(table_of(torch.zeros(3)), threads=np.int64(2)).threads == 2  # type: ignore[arg-type]
     config = StrategyConfig(np.float32(0.5), np.float64(0.25), np.int64(4), np.uint64(9))  # type: ignore[arg-type]
     assert json.dumps(dataclasses.asdict(config)) == json.dumps(
@@ -262,7 +267,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [(name, value) for name in ("sigma", "alpha") for value in
-     ("x", None, True, 10**400, 1e60, 1e-60, 0, -1, math.nan, math.inf)]
+     ("x", "1e-3", None, True, 10**400, 1e60, 1e-60, 0, -1, math.nan, math.inf)]
     + [(name, value) for name in ("population_size", "seed") for value in (2.5, "8", None, True)]
     + [("decay", "l2"), ("decay", 5)],
 )  # fmt: skip
@@ -314,6 +319,17 @@ def test_a_count_of_failures_is_one(failed: object) -> None:
     with pytest.raises(DataError, match="failed is"):
         es.step([1.0, 2.0], failed=failed)  # type: ignore[arg-type]
     assert es.generation == 0
+
+
+@pytest.mark.parametrize("memory", ["lean", "shadow", "master"])
+def test_a_state_and_a_journal_are_of_the_weights_and_not_of_a_member(memory: str) -> None:
+    tensor = torch.randn(5)
+    es = EvolutionStrategy(table_of(tensor), memory=memory, population_size=2)
+    before, base = tensor.clone(), es.weights.checksum()
+    for _ in es.population():
+        assert header_of(es).base_checksum == base
+    for _ in es.population():
+        assert isinstance(es.weights, Weights) and torch.equal(es.weights.state()[0], before)
 
 
 def test_a_state_is_tensors_in_a_list() -> None:

@@ -27,7 +27,7 @@ from esfast import (
     _core,
 )
 from esfast.anchor import Anchor
-from esfast.journal import Journal, export_journal, read_journal
+from esfast.journal import Journal, JournalWriter, export_journal, read_journal
 from esfast.journal_format import GenerationRecord, MarkRecord, SegmentRecord
 from esfast.replay import catch_up, header_of, keep_journal, replay, require_base
 
@@ -157,7 +157,7 @@ def test_every_generation_can_be_had(tmp_path):
     model = clones(base)
     es = strategy(model, decay=DECAYS[1])
     states = [clones(model)]
-    with keep_journal(es, tmp_path / "j") as _:
+    with keep_journal(es, tmp_path / "j", checksum_every=2) as _:
         for number in range(5):
             es.step(np.random.default_rng(number).normal(size=6))
             states.append(clones(model))
@@ -165,7 +165,7 @@ def test_every_generation_can_be_had(tmp_path):
     for until, state in enumerate(states):
         again = clones(base)
         seen: list[int] = []
-        replay(strategy(again, decay=DECAYS[1]), journal, until, after=seen.append)
+        replay(strategy(again, decay=DECAYS[1]), journal, until, verify=True, after=seen.append)
         assert_tensors(again, state, f"until {until}")
         assert seen == list(range(1, until + 1))
     for until in (-1, 6):
@@ -270,6 +270,21 @@ def test_weights_that_are_apart_are_noticed(tmp_path):
     with pytest.raises(StateError, match="after 1 generations the weights have checksum"):
         replay(strategy(clones(base)), read_journal(tmp_path / "j"), verify=True)
     assert replay(strategy(clones(base)), read_journal(tmp_path / "j"), verify=False) == 0
+    with pytest.raises(StateError, match="after 1 generations the weights have") as refused:
+        keep_journal(strategy(clones(base)), tmp_path / "j")
+    JournalWriter.resume(tmp_path / "j").close()  # what was refused keeps no lock,
+    assert refused.value.__traceback__  # even while this has its frame
+
+
+def test_every_generation_rounds_by_its_own_seed():
+    model, plain = (clones(tensors("bfloat16")) for _ in range(2))
+    es, weights = strategy(model), Weights(ParameterTable.from_tensors(plain))
+    for number in range(2):
+        record = es.decide(np.arange(6.0))
+        es.apply(record)
+        key = es.strategy.generation_seed(number)
+        weights.update(record.terms(es.config), record.coefficients, seed=key)
+    assert_tensors(model, plain)
 
 
 @pytest.mark.parametrize(
