@@ -216,9 +216,10 @@ def kept(path: Path, **settings: object) -> EvolutionStrategy:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 5}, {"noise": "rademacher"}, {"rounding": "nearest"}, {"population_size": 6}],
+    [{"seed": 5}, {"noise": "rademacher"}, {"rounding": "nearest"}, {"population_size": 6},
+     {"antithetic": True}],
     ids=str,
-)
+)  # fmt: skip
 def test_what_a_replay_would_not_know_is_not_written(tmp_path, changed):
     es = kept(tmp_path / "j")
     es.strategy.config = replace(es.config, sigma=0.5, alpha=0.2)  # a schedule, and recorded
