@@ -137,6 +137,21 @@ class TestSaving:
         assert names(tmp_path) == (["m"] if older else [])
         assert {p.name: p.read_bytes() for p in folder.glob("*")} == before
 
+    def test_a_model_that_cannot_take_its_place_leaves_the_old_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, rename = save_model(tiny(), tmp_path / "m"), Path.rename
+
+        def full(path: Path, to: Path) -> Path:
+            if ".new-" in path.name:
+                raise OSError(28, "No space left on device")
+            return rename(path, to)
+
+        monkeypatch.setattr(Path, "rename", full)
+        with pytest.raises(EsfastError, match="No space left"):
+            save_model(tiny(), folder)
+        assert names(tmp_path) == ["m"] and checkpoint.is_model_folder(folder)
+
     def test_a_killed_attempt_does_not_count(self, tmp_path: Path) -> None:
         target = tmp_path / "m"
         code = (

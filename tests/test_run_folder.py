@@ -13,6 +13,7 @@ from esfast import ConfigError, EsfastError, StateError
 from esfast.checkpoint import new_folder
 from esfast.journal import JournalWriter
 from esfast.run_folder import RunFolder, alone, read_config, require_free
+from esfast.whole_file import write_whole
 
 
 def test_of_two_runs_that_make_a_folder_at_once_one_is_refused(
@@ -23,6 +24,7 @@ def test_of_two_runs_that_make_a_folder_at_once_one_is_refused(
     with pytest.raises(ConfigError, match=r"another run's.*--output"):
         RunFolder(tmp_path / "run", {"seed": 2})
     assert read_config(tmp_path / "run") == {"seed": 1}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -56,6 +58,20 @@ def test_a_run_killed_before_it_had_its_config_leaves_its_folder_free(
     assert read_config(tmp_path / "run") == {"seed": 2}
 
 
+def test_a_file_is_synced_whole_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, seen = os.fsync, []
+
+    def synced(descriptor: int) -> None:
+        seen.append((os.fstat(descriptor).st_size, (tmp_path / "a").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_whole(tmp_path / "a", b"abc")
+    assert seen[0] == (3, False) and len(seen) == 2 and seen[1][1]  # then the folder's entry
+
+
 def test_a_run_without_a_journal_is_one_process_alone(tmp_path: Path) -> None:
     with (
         alone(tmp_path),
@@ -65,6 +81,19 @@ def test_a_run_without_a_journal_is_one_process_alone(tmp_path: Path) -> None:
         pass
     with alone(tmp_path):
         pass
+
+
+def test_a_line_that_was_written_twice_over_counts_once(tmp_path: Path) -> None:
+    """Killed between the line of metrics.jsonl and the end of what was kept of it, or within."""
+    run = RunFolder(tmp_path / "run", {})
+    run.pend({"generation": 1})
+    (run.path / "metrics.jsonl").write_text('{"generation": 1}\n')
+    assert run.pending(1) is None
+    (run.path / "metrics.jsonl").write_text('{"generation": 1}')  # and no end of the line
+    (run.path / "summary.json").write_text("{}")
+    again = RunFolder(tmp_path / "run", {}, changes={}, done=1)
+    again.begin()
+    assert again.pending(1) == {"generation": 1} and not (run.path / "summary.json").exists()
 
 
 def test_folders_of_models_that_were_not_saved_whole_go(tmp_path: Path) -> None:
@@ -97,7 +126,8 @@ def test_an_old_model_stays_until_a_new_one_is_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), new_folder(target):
         raise RuntimeError("no model")
     assert old.exists() and not target.exists()
+    (tmp_path / ".model[1].new-0123").mkdir()  # a killed process's: its room is needed now
     with new_folder(target) as fresh:
-        assert old.exists()
+        assert {path.name for path in tmp_path.iterdir()} == {old.name, fresh.name}
         (fresh / "x").write_text("a model")
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
