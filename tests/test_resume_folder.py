@@ -19,6 +19,7 @@ from test_resume import trainer
 from esfast import AnchoredDecay, DataError, cli
 from esfast.engines.base import Completion
 from esfast.ray_command import require_launcher
+from esfast.replay import replay
 from esfast.report import result_lines
 from esfast.resume import flags_of, resumed
 from esfast.run_folder import read_json, read_lines, require_journal
@@ -162,6 +163,22 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path, settings: Any) -> None
     assert contents(tmp_path / "run") == before
     on = trainer(tmp_path / "run", 6, goes_on=True, **settings)
     assert on.run().generations == 6
+
+
+def test_ctrl_c_in_the_replay_keeps_the_model_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(tmp_path / "run", 4).run()
+    again, saved = trainer(tmp_path / "run", 6, goes_on=True), []
+    monkeypatch.setattr(again, "_save_model", saved.append)
+
+    def impatient(es: Any, journal: Any, *_: Any, **__: Any) -> None:
+        replay(es, journal, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esfast.train.catch_up", impatient)
+    result = again.run()
+    assert (result.status, result.generations, saved) == ("interrupted", 0, [])
 
 
 def test_ctrl_c_before_a_run_goes_on_changes_nothing(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from esfast.loggers import TensorBoardLogger, make_loggers, require_packages
 from esfast.plots import draw_run
 from esfast.progress import GenerationReport, RunProgress
 from esfast.report import _shown, print_result
+from esfast.rollout import strategy_over
 from esfast.run_folder import RunFolder, append_line, read_lines
 from esfast.tasks import Score
 from esfast.train import TrainConfig
@@ -104,6 +106,24 @@ def test_group_centred_shaping_gets_the_matrix(tmp_path):
     record = read_journal(tmp_path / "run").generations[0]
     assert record.rewards.shape == (16, SIZE)
     assert result.after.mean > result.before.mean
+
+
+def test_held_out_answers_are_greedy_and_every_generation_draws_anew(tmp_path):
+    engine, seen = NumberEngine(), []
+    generate, sampling = engine.generate, Sampling(4, temperature=1.0, seed=3)
+    engine.generate = lambda asked, how: seen.append(how) or generate(asked, how)
+    make_trainer(tmp_path, engine, generations=2, sampling=sampling).run()
+    greedy = replace(sampling, temperature=0.0)
+    second = replace(sampling, seed=4)  # after one generation of 16 members, and the warm-up
+    assert seen == [greedy, *[sampling] * 17, *[second] * 16, greedy]
+
+
+def test_decay_pulls_to_the_model_that_is_named():
+    engine, given, named = NumberEngine(), [], Path("model")
+    engine.live_weights = lambda memory, anchor, threads: given.append(anchor) or engine._table
+    for decay, anchor in ((None, named), (AnchoredDecay("l2", 1.0), named)):
+        strategy_over(engine, TrainConfig(StrategyConfig(decay=decay), Sampling(4)), anchor)
+    assert given == [False, named]
 
 
 def weights_after(tmp_path, generations: int) -> torch.Tensor:
