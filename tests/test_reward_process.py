@@ -38,6 +38,14 @@ import json, beside, shared
 def sum_of(example, completion):
     return beside.VALUE + shared.VALUE + len(json.dumps(1))
 """
+TIMED = """
+import signal
+begin, times = signal.setitimer, []
+signal.setitimer = lambda which, seconds: (times.append(seconds), begin(which, seconds))
+
+def clocks(example, completion):
+    return times.count(0.0)
+"""
 
 
 @pytest.fixture
@@ -81,6 +89,13 @@ def test_a_file_that_cannot_be_loaded_leaves_no_module(folder, monkeypatch):
     pool = RewardPool(f"{folder / 'broken.py'}:score", Limits())
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         pool.require_loads()
+
+
+def test_no_clock_runs_while_a_process_waits_for_the_next_completion(folder):
+    (folder / "timed.py").write_text(TIMED)
+    pool = RewardPool(f"{folder / 'timed.py'}:clocks", Limits())
+    assert [pool.call({}, "").value for _ in range(2)] == [0.0, 1.0]
+    pool.close()
 
 
 def test_a_feedback_is_words_or_nothing(folder):
