@@ -264,6 +264,7 @@ def _of_task(name: str, args: argparse.Namespace) -> dict[str, Any]:
     elif name.startswith("reasoning_gym"):
         memory = Limits.bytes_of(args.reward_memory)
         options["limits"] = Limits(args.reward_timeout, args.reward_workers, memory)
+        options["failure_reward"] = args.failure_reward
     return options
 
 

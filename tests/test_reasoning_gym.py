@@ -8,18 +8,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from esfast.cli import build_parser
 from esfast.errors import ConfigError
 from esfast.tasks import Score, make_task
 from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula
 from esfast.tasks.reasoning_gym import SCORER, ReasoningGym, extract_answer
 from esfast.tasks.reward_pool import Limits, RewardPool
+from esfast.train_flags import task_of
 
 pytest.importorskip("reasoning_gym")
 
@@ -209,6 +212,8 @@ def test_data_sets_and_options_are_named():
         make_task("reasoning_gym:nim")
     with pytest.raises(ConfigError, match="min_numbers"):
         make_task("reasoning_gym:countdown", colour="red")
+    with pytest.raises(ConfigError, match=r"failure_reward is 1e[+]300"):
+        make_task("reasoning_gym:countdown", failure_reward=1e300)
 
 
 def test_a_gym_scorer_that_hangs_or_crashes_costs_its_answer(
@@ -218,7 +223,7 @@ def test_a_gym_scorer_that_hangs_or_crashes_costs_its_answer(
     monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
     pytest.importorskip("reasoning_gym")
     limits = Limits(memory=1 << 30)
-    task = make_task("reasoning_gym:countdown", size=10, limits=limits)
+    task = make_task("reasoning_gym:countdown", size=10, limits=limits, failure_reward=-1.0)
     request.addfinalizer(task.close)
     (tmp_path / "broken.py").write_text(
         "import os, time\ndef score(example, answer):\n"
@@ -227,7 +232,15 @@ def test_a_gym_scorer_that_hangs_or_crashes_costs_its_answer(
     task.pool.close()
     task.pool = RewardPool(f"{tmp_path / 'broken.py'}:score", Limits())
     scores = task.score_all(task.train_batch(0, 0, 4), ["1", "3", "2", "4"])
-    assert [(s.value, s.failed) for s in scores] == [(0.0, True), (0.5, False)] * 2
+    assert [(s.value, s.failed) for s in scores] == [(-1.0, True), (0.5, False)] * 2
+
+
+def test_the_flag_of_the_failure_reward_is_a_gym_tasks_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    flags = ["--task", "reasoning_gym:countdown", "--task-option", "size=10"]
+    args = build_parser().parse_args(["train", *flags, "--failure-reward", "-1"])
+    with closing(task_of(args)) as task:
+        assert task.failure("it hung").value == -1.0
 
 
 def test_gym_scorers_run_outside_this_process(tmp_path, monkeypatch, request):

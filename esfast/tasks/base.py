@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from esfast.engines.base import Prompt
-from esfast.errors import DataError, StateError
+from esfast.errors import ConfigError, DataError, StateError
 from esfast.tasks.draws import Draws, digest_int, held_out_keys
 
 
@@ -211,3 +211,12 @@ def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
 def is_reward(value: object) -> bool:
     """Whether `value` is a number of a size at which sums over rewards stay finite."""
     return isinstance(value, (int, float)) and -LARGEST_REWARD <= value <= LARGEST_REWARD
+
+
+def require_failure_reward(value: object) -> None:
+    """Raises ConfigError for what is no reward."""
+    if not is_reward(value):
+        raise ConfigError(
+            f"failure_reward is {value!r}; expected a finite number, {LARGEST_REWARD:g} at most in "
+            "size."
+        )

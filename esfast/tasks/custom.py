@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import ConfigError, DataError
-from esfast.tasks.base import LARGEST_REWARD, Example, Score, is_reward, prompt_key, split
+from esfast.tasks.base import Example, Score, prompt_key, require_failure_reward, split
 from esfast.tasks.draws import digest_int
 from esfast.tasks.json_lines import prompt_of, read_rows
 from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
@@ -53,11 +53,7 @@ class Custom(PooledTask):
         """
         if not reward or data is None:
             raise ConfigError("a task of your own needs both --reward module:function and --data.")
-        if not is_reward(failure_reward):
-            raise ConfigError(
-                f"failure_reward is {failure_reward!r}; expected a finite number, "
-                f"{LARGEST_REWARD:g} at most in size."
-            )
+        require_failure_reward(failure_reward)
         limits = Limits(timeout, workers, Limits.bytes_of(memory))
         train = _examples(Path(data))
         if evaluation_only:

@@ -31,7 +31,7 @@ from typing import Any
 
 from esfast.errors import ConfigError
 from esfast.model_cache import cache_folder
-from esfast.tasks.base import Example, Score, split
+from esfast.tasks.base import Example, Score, require_failure_reward, split
 from esfast.tasks.gym_scorer import from_json, to_json
 from esfast.tasks.harmless import is_formula, is_plain
 from esfast.tasks.reward_pool import Limits, PooledTask, RewardPool
@@ -62,9 +62,11 @@ class ReasoningGym(PooledTask):
         size: int = 1000,
         problems_seed: int = 0,
         limits: Limits | None = None,
+        failure_reward: float = 0.0,
         **options: Any,
     ):
-        """`options` go to the data set's configuration; `limits` are its scorer's.
+        """`options` go to the data set's configuration; `limits` are its scorer's, and an answer
+        that it cannot score gets the `failure_reward`.
 
         Raises ConfigError for an unknown data set or option, or without the package.
         """
@@ -75,7 +77,8 @@ class ReasoningGym(PooledTask):
                 f"reasoning_gym got seed={options['seed']!r}, which it calls problems_seed; give "
                 "that."
             )
-        self.name = f"reasoning_gym:{dataset}"
+        require_failure_reward(failure_reward)
+        self.name, self.failure_reward = f"reasoning_gym:{dataset}", failure_reward
         config = {**options, "size": size, "seed": problems_seed}
         made = _create(dataset, config)
         self._request = {"dataset": dataset, "config": config}
