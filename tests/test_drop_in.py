@@ -90,10 +90,12 @@ def test_a_scale_that_is_no_number_leaves_the_engine_as_it_was(llm: Any) -> None
     assert checksum(llm) == base
 
 
-def test_a_population_or_a_source_that_is_none_is_refused_by_name(llm: Any) -> None:
+def test_a_population_a_decay_or_a_source_that_is_none_is_refused_by_name(llm: Any) -> None:
     base = checksum(llm)
     with pytest.raises(Exception, match="population_size is 0; expected 1 or more"):
         rpc(llm, "update_weights_from_seeds", [1], [1.0], ALPHA, 0)
+    with pytest.raises(Exception, match=r"weight_decay_lambda is 10\.0 and pulls to nothing"):
+        rpc(llm, "update_weights_from_seeds", [1], [1.0], ALPHA, 1, "none", 10.0)
     with pytest.raises(Exception, match="engine 1 of 1 is to be the source; an engine alone"):
         rpc(llm, "broadcast_all_weights", 1)
     assert checksum(llm) == base

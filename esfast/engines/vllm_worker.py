@@ -116,6 +116,11 @@ class WorkerExtension:
         decay = None
         if weight_decay_type != "none":
             decay = AnchoredDecay(weight_decay_type, float(weight_decay_lambda))
+        elif weight_decay_lambda != 0.0:
+            raise ConfigError(
+                f"weight_decay_lambda is {weight_decay_lambda!r} and pulls to nothing without a "
+                "weight_decay_type, l1 or l2; give one."
+            )
         if whole(population_size) is None or population_size < 1:
             raise ConfigError(
                 f"population_size is {population_size!r}; expected 1 or more members."
