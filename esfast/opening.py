@@ -38,9 +38,10 @@ def open_engine(args: argparse.Namespace) -> Opened:
 
 
 def _vllm(args: argparse.Namespace) -> Opened:
-    from esfast.engines.vllm import VLLMEngine
+    from esfast.engines.vllm import VLLMEngine, require_device
 
     _require_no_torchrun()
+    require_device(args.device)
     engine = VLLMEngine(
         args.model,
         dtype=args.dtype,
@@ -53,10 +54,17 @@ def _vllm(args: argparse.Namespace) -> Opened:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """vLLM's own arguments among the flags; --engine-option wins."""
+    """vLLM's own arguments among the flags. ConfigError for one that is given twice."""
+    given = dict(option(text, "--engine-option") for text in args.engine_option)
     share = args.gpu_memory_utilization
-    given = {} if share is None else {"gpu_memory_utilization": share}
-    return {**given, **dict(option(text, "--engine-option") for text in args.engine_option)}
+    if share is None:
+        return given
+    if "gpu_memory_utilization" in given:
+        raise ConfigError(
+            f"--gpu-memory-utilization {share:g} would be overruled by --engine-option "
+            f"gpu_memory_utilization={given['gpu_memory_utilization']}; give one of them."
+        )
+    return {"gpu_memory_utilization": share, **given}
 
 
 def _require_no_torchrun() -> None:

@@ -61,6 +61,28 @@ def test_the_command_refuses_in_a_paragraph(
 
 
 @pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--device", "cuda"], "--device cuda has no effect on vLLM, which runs on cpu"),
+        (
+            ["--batch-size", "1", "--engine-option", "max_num_seqs=4"],
+            "batch_size (--batch-size) is 1 and would be overruled",
+        ),
+        (
+            ["--gpu-memory-utilization", "0.3", "--engine-option", "gpu_memory_utilization=0.5"],
+            "--gpu-memory-utilization 0.3 would be overruled",
+        ),
+        (["--gpu-memory-utilization", "1.7"], "gpu_memory_utilization Input should be less than"),
+    ],
+)
+def test_a_flag_that_cannot_count_is_refused_with_its_reason(
+    flags: list[str], reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder, *flags, "--generations", "1", "--output", "run")) == 2
+    assert reason in capsys.readouterr().err and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "value", "instead"),
     [
         ("enable_prefix_caching", "false", "leave the option out"),

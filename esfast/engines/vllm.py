@@ -37,7 +37,7 @@ from esfast.engines.vllm_options import require_options, require_plain
 from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
-from esfast.errors import EsfastError, StateError
+from esfast.errors import ConfigError, EsfastError, StateError
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer
 from esfast.resources import available_memory
@@ -91,7 +91,7 @@ class VLLMEngine:
     ) -> None:
         self.folder = model_folder(model)
         self._closed = True
-        require_options(options or {})
+        require_options(options or {}, batch_size)
         require_plain(self.folder, options or {})
         _prepare(tensor_parallel_size, threads)
         self.tokenizer = read_tokenizer(self.folder)
@@ -318,14 +318,28 @@ def _start(folder: Path, given: Mapping[str, Any]) -> Any:
     except EsfastError:
         raise
     except Exception as error:  # whatever vLLM stumbles over
-        reason = [line for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(str(error).split())  # some name the setting on their second line
         raise EsfastError(
             f"vLLM does not start with {folder.name}: {type(error).__name__}: "
-            f"{(reason or [''])[0][:400]} What it said before may say more "
+            f"{reason[:400]} What it said before may say more "
             "(VLLM_LOGGING_LEVEL=INFO says all)."
         ) from error
     finally:
         torch.set_num_threads = set_threads
+
+
+def require_device(name: str) -> None:
+    """ConfigError for a device that vLLM would not run on; "cpu" is the flag's default and says
+    nothing."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return  # the engine says so
+    if name not in ("cpu", current_platform.device_type):
+        raise ConfigError(
+            f"--device {name} has no effect on vLLM, which runs on {current_platform.device_type} "
+            "here: leave it out. Among several GPUs CUDA_VISIBLE_DEVICES chooses."
+        )
 
 
 def _prepare(workers: int, threads: int | None) -> None:

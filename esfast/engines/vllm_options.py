@@ -27,8 +27,13 @@ _OWN = {  # and what it has to be, or what goes wrong
 }
 
 
-def require_options(options: Mapping[str, Any]) -> None:
-    """ConfigError for an argument of vLLM's that esfast gives itself."""
+def require_options(options: Mapping[str, Any], batch_size: int | None) -> None:
+    """ConfigError for an argument of vLLM's that esfast gives itself, or is given twice."""
+    if batch_size is not None and "max_num_seqs" in options:
+        raise ConfigError(
+            f"batch_size (--batch-size) is {batch_size} and would be overruled by the option "
+            f"max_num_seqs, {options['max_num_seqs']}; give one of them."
+        )
     for name in options:
         if name in _GIVEN:
             raise ConfigError(
