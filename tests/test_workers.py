@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +116,33 @@ def test_one_process_needs_no_messages(monkeypatch):
     assert isinstance(workers, Alone) and list(workers.deal(3, 4)) == [0, 1, 2, 3]
     rows = np.array([[0.1, -0.0], [np.nan, 2.0]])
     assert workers.gather(rows) is rows and workers.share(b"x") == b"x"
+
+
+JOIN = """import signal
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+from esfast.launch.torchrun import join_workers
+join_workers()
+"""
+
+
+def test_sigterm_ends_a_worker_that_waits_for_the_others():
+    """Torch waits in C++, where a handler of Python's would run when all are there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = free.getsockname()
+    place = {"MASTER_ADDR": there[0], "MASTER_PORT": str(there[1])}
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", **place}
+    worker = subprocess.Popen([sys.executable, "-c", JOIN], env=environment)
+    try:
+        while worker.poll() is None:
+            with suppress(OSError):
+                socket.create_connection(there).close()
+                break
+            time.sleep(0.05)
+        worker.terminate()
+        assert worker.wait(60) == -signal.SIGTERM
+    finally:
+        worker.kill()
 
 
 @pytest.mark.slow

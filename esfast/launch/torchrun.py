@@ -44,6 +44,9 @@ class TorchWorkers:
     """The processes of one torchrun; see `Workers`. Raises StateError where they do not meet."""
 
     def __init__(self) -> None:
+        # Torch waits for the others where no handler of Python's runs: until they are there,
+        # SIGTERM ends the process.
+        self._before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             self._store, self.rank, self.size = next(rendezvous("env://"))
             self._store.set_timeout(LONGEST_WAIT)
@@ -55,12 +58,13 @@ class TorchWorkers:
                 timeout=LONGEST_WAIT,
             )
         except (RuntimeError, ValueError) as error:
+            signal.signal(signal.SIGTERM, self._before)
             raise EsfastError(
                 f"the workers that torchrun started do not meet: {_first_line(error)}. Check "
                 "--nnodes, --rdzv-endpoint and the network between the nodes."
             ) from None
         self.bytes_sent = 0
-        self._before = signal.signal(signal.SIGTERM, self._stopped)
+        signal.signal(signal.SIGTERM, self._stopped)
 
     def _stopped(self, _: int, __: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows must not be cut short
