@@ -20,11 +20,11 @@ from esfast.checkpoint import save_model
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.failures import visible
-from esfast.journal import Journal, export_journal, journal_path, read_journal
+from esfast.journal import JOURNAL, Journal, export_journal, journal_path, read_journal
 from esfast.models import load_model, model_folder, without_bars
 from esfast.provenance import provenance
 from esfast.replay import replay, strategy_of, usual_dtype
-from esfast.run_folder import require_free
+from esfast.run_folder import CONFIG, require_free
 from esfast.train_flags import thread_count
 from esfast.weights import MEMORIES, Weights
 
@@ -102,12 +102,16 @@ def _tell_unread_anchor(console: Console, es: EvolutionStrategy, named: str) -> 
         )
 
 
+def _is_of_a_run(path: Path) -> bool:
+    return path.name == JOURNAL and path.exists() and (path.parent / CONFIG).exists()
+
+
 def run_export(args: argparse.Namespace) -> int:
     """Writes the compressed journal."""
     journal, target = read_journal(args.journal), Path(args.output)
-    if target.exists() and target.samefile(journal_path(args.journal)):
+    if _is_of_a_run(target) or (target.exists() and target.samefile(journal_path(args.journal))):
         raise ConfigError(
-            f"{target} is the run's own journal, which holds more than what is exported (rewards, "
+            f"{target} is a run's own journal, which holds more than what is exported (rewards, "
             "settings, where it went on); name another file with -o."
         )
     if journal.torn is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,16 +120,18 @@ def test_half_a_character_in_a_prompt_is_refused(tmp_path: Path) -> None:
         read_rows(path, ("prompt",))
 
 
-def test_a_run_is_not_exported_over_its_own_journal(
+def test_a_run_is_not_exported_over_a_runs_journal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(tmp_path / "run", 1).run()
     journal = tmp_path / "run" / "journal.esj"
     before = journal.read_bytes()
-    for place in (journal, tmp_path / "run" / ".." / "run" / "journal.esj"):
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    others = tmp_path / "other" / "journal.esj"
+    for place in (journal, tmp_path / "run" / ".." / "run" / "journal.esj", others):
         said = refused(capsys, "export-adapter", str(tmp_path / "run"), "-o", str(place))
-        assert "is the run's own journal" in said
-    assert journal.read_bytes() == before
+        assert "is a run's own journal" in said
+    assert journal.read_bytes() == others.read_bytes() == before
 
 
 def test_a_byte_order_mark_is_no_row(tmp_path: Path) -> None:
