@@ -50,7 +50,14 @@ def _vllm(args: argparse.Namespace) -> Opened:
         threads=args.threads,
         options=_options(args),
     )
-    return Opened(engine, _anchor(args, engine.folder), engine.save)
+    try:
+        anchor = _anchor(args, engine.folder)
+        if args.anchor_model is not None:
+            engine.live_weights(anchor=anchor)  # one that does not fit: before a folder
+    except BaseException:
+        engine.close()
+        raise
+    return Opened(engine, anchor, engine.save)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

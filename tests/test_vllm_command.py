@@ -82,6 +82,16 @@ def test_a_flag_that_cannot_count_is_refused_with_its_reason(
     assert reason in capsys.readouterr().err and not Path("run").exists()
 
 
+def test_an_anchor_that_does_not_fit_leaves_no_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(save_tiny(tmp_path / "other", intermediate_size=64))
+    flags = ["--weight-decay-type", "l2", "--anchor-model", other, "--output", "run"]
+    assert main(command(folder, *flags, "--generations", "1")) == 2
+    assert "expected F32, F16 or BF16 of shape" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "instead"),
     [
