@@ -159,8 +159,8 @@ def _goes_on_from(run: Path, every: int) -> tuple[int, Path | None]:
     lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     if (run / MODEL).exists() or 0 < every < lines:
         raise DataError(
-            f"{run / CHECKPOINTS} holds no whole checkpoint to go on from; a run writes them with "
-            "--checkpoint-every N. Put them back, or start a new run."
+            f"{run / CHECKPOINTS} holds no whole checkpoint to go on from, and the run is past its "
+            "beginning. Put back what it had, or start a new run; --checkpoint-every N writes them."
         )
     return 0, None
 

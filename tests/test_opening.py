@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from esfast import ConfigError
 from esfast.engines import vllm
 from esfast.opening import open_engine
 from esfast.train_flags import add_train_arguments
@@ -49,9 +50,10 @@ def test_without_the_flag_vllms_share_is_its_own(monkeypatch: pytest.MonkeyPatch
     assert opened(monkeypatch)[1]["options"] == {}
 
 
-def test_an_engine_option_wins_over_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_option_and_its_flag_are_not_both_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--gpu-memory-utilization", "0.5", "--engine-option", "gpu_memory_utilization=0.7")
-    assert opened(monkeypatch, *flags)[1]["options"] == {"gpu_memory_utilization": 0.7}
+    with pytest.raises(ConfigError, match=r"0\.5 would be overruled by .*=0\.7; give one"):
+        opened(monkeypatch, *flags)
 
 
 @pytest.mark.parametrize(
