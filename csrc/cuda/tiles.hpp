@@ -33,27 +33,27 @@ struct Lists {
 };
 
 // A draw whose keys are kernel parameters, which instructions read where they lie.
-struct Parameters {
+struct KeyedDraw {
   Stream keys;
   uint32_t purpose;
 };
 
-static inline Parameters parameters_of(const Source& s) {
+static inline KeyedDraw keyed_draw_of(const Source& s) {
   return {keys_of(s.seed), s.purpose};
 }
 
-ESFAST_FN Stream stream_of(const Parameters& p, uint32_t tensor, uint32_t high) {
-  return place_stream(p.keys, high, tensor, p.purpose);
+ESFAST_FN Stream stream_of(const KeyedDraw& d, uint32_t tensor, uint32_t high) {
+  return place_stream(d.keys, high, tensor, d.purpose);
 }
 
 struct Perturbation {
-  Parameters draw;
+  KeyedDraw draw;
   uint32_t row;  // Hadamard
   float scale;
 };
 
 static inline Perturbation perturbation_of(const PerturbCall& call) {
-  return {parameters_of(call.source), call.source.row, call.scale};
+  return {keyed_draw_of(call.source), call.source.row, call.scale};
 }
 
 template <Noise noise>
@@ -289,7 +289,7 @@ struct Step {
   int count;
   float hadamard_scale;
   Rule rule;
-  Parameters rounding, lone;  // `lone`: the first draw
+  KeyedDraw rounding, lone;  // `lone`: the first draw
 };
 
 // acc = the population's noise for the lane's units, members in order.

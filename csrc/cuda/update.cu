@@ -195,8 +195,8 @@ Status update(const Place& place, const UpdateCall& call, uint64_t workspace, ui
                   call.count,
                   call.hadamard_scale,
                   Rule{call.decay, call.strength, call.stochastic},
-                  parameters_of({call.rounding_seed, 1u << 24, 0, 0.0f}),
-                  parameters_of(call.count > 0 ? call.sources[0] : Source{})};
+                  keyed_draw_of({call.rounding_seed, 1u << 24, 0, 0.0f}),
+                  keyed_draw_of(call.count > 0 ? call.sources[0] : Source{})};
   auto* count = reinterpret_cast<unsigned long long*>(saturated);
   constexpr Shape shape{kThreads, 0};
   switch (call.noise) {
