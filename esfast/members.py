@@ -125,9 +125,9 @@ def noise(member: Member, name: str, shape: Sequence[int] | int, first: int = 0)
             f"noise was asked for shape {shape!r} from index {first!r}; both are whole numbers "
             "from 0 on, and indices end at 2**64."
         )
-    spec, number = require_member(member).spec, member.noise_number
+    spec, number, tensor = require_member(member).spec, member.noise_number, tensor_id(name)
     try:
-        values = _core.reveal(number, spec, tensor_id(name), start, math.prod(sizes))
+        values = _core.reveal(number, spec, tensor, start, math.prod(sizes))
         return np.asarray(values).reshape(sizes)
     except ValueError as error:
         raise ConfigError(

@@ -19,11 +19,11 @@ SPLIT_SLOTS = 1 << 16
 def digest_int(*key: object) -> int:
     """A 64-bit unsigned integer from the words of `key`."""
     text = "\x1f".join(str(word) for word in key)
-    return _first_word(hashlib.sha256(text.encode()))
+    return _first_word(hashlib.sha256(text.encode()).digest())
 
 
-def _first_word(digest: hashlib._Hash) -> int:
-    return int.from_bytes(digest.digest()[:8], "little")
+def _first_word(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -53,7 +53,7 @@ class Draws:
         self._drawn += 1
         digest = self._begun.copy()  # half the time of digest_int(*key, k)
         digest.update(b"%d" % self._drawn)
-        return _first_word(digest) % bound
+        return _first_word(digest.digest()) % bound
 
     def between(self, low: int, high: int) -> int:
         """An integer in [low, high], both ends included."""
