@@ -66,8 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays, and the garbage collector need not look at it again: half of
-    the collector's time, and a tenth of the suite's."""
+    """What is imported by now stays, and the garbage collector need not look at it again, which
+    took half of its time."""
     gc.collect()
     gc.freeze()
 

@@ -40,7 +40,7 @@ def in_plain_words(folder: Path) -> list[Path]:
 class Build:
     """The module `cuda_emulator` in the making: compilers run until `module` waits for them."""
 
-    library: Path
+    output: Path
     compiler: str
     jobs: Mapping[str, subprocess.Popen[str]]  # by object file
 
@@ -48,9 +48,9 @@ class Build:
         for job in self.jobs.values():
             _, errors = job.communicate()
             assert job.returncode == 0, errors[-3000:]
-        link = [self.compiler, "-shared", *self.jobs, "-o", str(self.library)]
+        link = [self.compiler, "-shared", *self.jobs, "-o", str(self.output)]
         subprocess.run(link, check=True)
-        loader = ExtensionFileLoader("cuda_emulator", str(self.library))
+        loader = ExtensionFileLoader("cuda_emulator", str(self.output))
         module = module_from_spec(spec_from_loader("cuda_emulator", loader))
         loader.exec_module(module)
         return module
