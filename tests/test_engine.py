@@ -345,7 +345,7 @@ print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPAC
 status = Path("/proc/self/status")
 weight = torch.randn(576, 576).bfloat16()
 before = 0
-for rows in range(1, 161):
+for rows in range(1, 257):
     torch.nn.functional.linear(torch.randn(rows, 576).bfloat16(), weight)
     before = before or proc_bytes(status, "RssAnon")
 print(proc_bytes(status, "RssAnon") - before)
@@ -353,7 +353,7 @@ print(proc_bytes(status, "RssAnon") - before)
 
 
 def growing(*engine_of: str, **environment: str) -> subprocess.Popen[str]:
-    """Prints the caches' capacities, and the bytes that products of 160 shapes leave."""
+    """Prints the caches' capacities, and the bytes that products of 256 shapes leave."""
     kept = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
     kept["OMP_NUM_THREADS"] = "1"  # two such processes would spin for each other's cores
     command = [sys.executable, "-c", GROWTH, *engine_of]
@@ -376,7 +376,7 @@ def test_products_of_many_shapes_do_not_pile_up() -> None:
     assert capacities == "32 32"
     if piled < 40e6:
         pytest.skip("torch compiles nothing for these products here")
-    assert growth < piled / 2, (growth, piled)
+    assert growth < piled / 3, (growth, piled)
 
 
 def test_capacities_of_the_users_stay(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
