@@ -36,7 +36,7 @@ class TrainConfig:
 
     strategy: StrategyConfig
     sampling: Sampling
-    generations: int = 7
+    generations: int = 5
     prompts: int = 64
     fixed_prompts: bool = False
     eval_every: int = 5
