@@ -17,6 +17,7 @@ from esfast.disk_room import require_disk_for_grpo
 from esfast.errors import DataError
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
+from esfast.idle_flags import told_idle
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
 from esfast.models import DEFAULT_MODEL, without_bars
@@ -139,7 +140,7 @@ def _train(
         clock=clock,
     )
     run.prior = prior
-    for line in _said(args, run):
+    for line in [*_said(args, run), *told_idle(args, add_grpo_arguments)]:
         run.progress.note(line)
     if past is not None and checkpoint is None:
         run.progress.note("stopped before its first checkpoint: the run begins anew")

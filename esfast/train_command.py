@@ -12,6 +12,7 @@ from typing import Any
 
 from esfast.disk_room import require_disk_for_train
 from esfast.failures import Failures
+from esfast.idle_flags import told_idle
 from esfast.journal import JOURNAL, parse
 from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
@@ -141,7 +142,8 @@ def _train(
         )
         trainer.rollout.workers = workers
         trainer.prior = prior
-        for line in told_decay(args, config.strategy):
+        idle = [] if hasattr(args, "stages_left") else told_idle(args, job.add_arguments)
+        for line in [*told_decay(args, config.strategy), *idle]:
             trainer.progress.note(line)
         result = trainer.run()
     print_result(trainer.progress.console, result, output)

@@ -222,10 +222,14 @@ def test_a_run_from_flags_to_a_model_that_transformers_loads(vowels, tiny_model,
     )("a b")
 
 
-def test_the_same_flags_give_the_same_run(vowels):
+def test_the_same_flags_give_the_same_run(vowels, capfd):
     lines = []
     for name in ("one", "two"):
-        assert run(*vowels[:-1], name, "--generations", "2", "--no-plots") == 0
+        flags = ("--generations", "2", "--no-plots", "--prior-size", "3")
+        assert run(*vowels[:-1], name, *flags) == 0
+        assert "--prior-size 3 changes nothing here: it goes with --prior-tasks" in (
+            capfd.readouterr().out
+        )
         lines.append((Path(name) / "journal.esj").read_bytes())
     assert lines[0] == lines[1] and len(read_journal("one").generations) == 2
 

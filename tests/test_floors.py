@@ -34,7 +34,7 @@ FLOORS = {
     "cli": 5, "plots": 5, "bench": 5, "__main__": 5, "info": 5, "report": 5, "train_command": 5,
     "grpo_command": 5, "diagnosis": 5,
     "train_flags": 5, "replay_command": 5, "resume": 5, "html_report": 5, "report_command": 5,
-    "ray_command": 5, "opening": 5, "lasting_output": 5,
+    "ray_command": 5, "opening": 5, "lasting_output": 5, "idle_flags": 5,
     "continual_command": 5, "fast_slow_command": 5, "continual_plots": 5,
 }  # fmt: skip
 OUTSIDE = {"numpy": 1, "torch": 2, "safetensors": 2}  # everything else from outside: floor 3
