@@ -26,8 +26,10 @@
 #define ESFAST_FN static inline ESFAST_INLINE
 #define ESFAST_METHOD inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("unroll")
+#define ESFAST_ROLL _Pragma("nounroll")
 #else
 #define ESFAST_FN static inline ESFAST_INLINE
 #define ESFAST_METHOD inline ESFAST_INLINE
 #define ESFAST_UNROLL _Pragma("GCC unroll 64")
+#define ESFAST_ROLL _Pragma("GCC unroll 1")
 #endif

@@ -84,7 +84,8 @@ struct Exports {
     Buffers& buffers = buffers_of(scratch);
     with_dtypes(s, [&](auto live, auto base) {
       for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
-        const float* noise = fill_noise<L>(call, s.tensor, b, buffers);
+        const Ahead ahead = ahead_of(s, b, false);
+        const float* noise = fill_noise<L>(call, s.tensor, b, ahead, buffers);
         perturb_all<L, decltype(live), decltype(base)>(b, noise, call.scale);
       });
     });
@@ -100,12 +101,13 @@ struct Exports {
     with_dtype(s.live_dtype, [&](auto live) {
       for_blocks(s, c, buffers.gathered, true, [&](const Block& b) {
         const float* noise = nullptr;
+        const Ahead ahead = ahead_of(s, b, false);
         if (old) {
-          noise = fill_noise<L>(*old, s.tensor, b, buffers);
+          noise = fill_noise<L>(*old, s.tensor, b, ahead, buffers);
           from = restore_recorded<L, decltype(live)>(b, noise, old->scale, from);
         }
         if (!next) return;
-        if (!shared) noise = fill_noise<L>(*next, s.tensor, b, buffers);
+        if (!shared) noise = fill_noise<L>(*next, s.tensor, b, old ? Ahead{} : ahead, buffers);
         to = perturb_recorded<L, decltype(live)>(b, noise, next->scale, to);
       });
     });
@@ -121,7 +123,8 @@ struct Exports {
     u.ready = false;
     with_dtypes(s, [&](auto live, auto base) {
       for_blocks(s, c, u.gathered, true, [&](const Block& b) {
-        const float* acc = add_noise<L>(call, s.tensor, b, u);
+        const Ahead ahead = ahead_of(s, b, call.decay != Decay::none);
+        const float* acc = add_noise<L>(call, s.tensor, b, ahead, u);
         if (random) {
           const uint32_t high = static_cast<uint32_t>(b.index >> 35);
           const Stream bits = make_stream(call.rounding_seed, high, s.tensor, 1u << 24);
@@ -175,7 +178,7 @@ struct Exports {
     s.tensor = tensor;
     const Chunk all{0, 1, 0, 0, count};
     for_blocks(s, all, nullptr, true, [&](const Block& b) {
-      const float* noise = fill_noise<L>(call, tensor, b, buffers_of(scratch));
+      const float* noise = fill_noise<L>(call, tensor, b, {}, buffers_of(scratch));
       for (int i = 0; i < b.count; ++i)
         reinterpret_cast<float*>(b.live)[i] = call.scale < 0 ? -noise[i] : noise[i];
     });

@@ -19,6 +19,16 @@ struct Count {
   static constexpr int value = N;
 };
 
+// A block's noise: where it goes, and what will be wanted with it.
+struct Place {
+  uint64_t tile;
+  int tiles;
+  Ahead ahead;
+  float* out;
+  int counters() const { return tiles * (kTile / 4); }
+  uint32_t counter() const { return static_cast<uint32_t>(tile * (kTile / 4)); }
+};
+
 // Calls f(Count<B>, first counter) for batches of B * L::width counters, then pairs and single ones
 // for the rest. Only the last may reach past `counters`, by less than a width.
 template <class L, int B = L::batches, class F>
@@ -28,6 +38,17 @@ ESFAST_FN void for_batches(int counters, F&& f) {
   for (; c + B * W <= counters; c += B * W) f(Count<B>{}, c);
   for (; rest < B && c + rest * W <= counters; c += rest * W) f(Count<rest>{}, c);
   for (; c < counters; c += W) f(Count<1>{}, c);
+}
+
+// The same over a place's dense noise, with what will be wanted asked for on the way: a batch is
+// lines long where a target has vectors.
+template <class L, int B = L::batches, class F>
+ESFAST_FN void for_dense(const Place& p, F&& f) {
+  for_batches<L, B>(p.counters(), [&](auto batches, int c) ESFAST_INLINE {
+    constexpr int elements = 4 * decltype(batches)::value * L::width;
+    if constexpr (elements >= 32) p.ahead.ask(4 * c, elements);
+    f(batches, c);
+  });
 }
 
 template <class L>
@@ -46,14 +67,14 @@ static void philox_words(const Stream& s, uint32_t counter, int counters, uint32
 }
 
 template <class L>
-static void fill_gaussian(const Stream& s, uint64_t tile, int tiles, float* out) {
-  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
+static void fill_gaussian(const Stream& s, const Place& p) {
+  const uint32_t counter = p.counter();
+  for_dense<L>(p, [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::f32 z[B][4];
     gaussian<L, B>(s, counter + static_cast<uint32_t>(c), z);
     ESFAST_UNROLL
-    for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), z[b]);
+    for (int b = 0; b < B; ++b) store_interleaved<L>(p.out + 4 * (c + b * L::width), z[b]);
   });
 }
 
@@ -92,40 +113,42 @@ ESFAST_FN void add_members(const Stream* members, int count, uint32_t block,
 }
 
 template <class L>
-static void add_gaussian(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
-  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L, L::woven ? L::woven : L::batches>(
-      tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
-        constexpr int B = decltype(batches)::value;
-        typename L::f32 acc[B][4];
-        ESFAST_UNROLL
-        for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
-        add_members<L, B>(members, count, counter + static_cast<uint32_t>(c), acc);
-        ESFAST_UNROLL
-        for (int b = 0; b < B; ++b) store_interleaved<L>(out + 4 * (c + b * L::width), acc[b]);
-      });
+static void add_gaussian(const Stream* members, int count, const Place& p) {
+  const uint32_t counter = p.counter();
+  for_dense<L, L::woven ? L::woven : L::batches>(p, [&](auto batches, int c) ESFAST_INLINE {
+    constexpr int B = decltype(batches)::value;
+    typename L::f32 acc[B][4];
+    ESFAST_UNROLL
+    for (int b = 0; b < 4 * B; ++b) acc[b / 4][b % 4] = L::setf(0.0f);
+    add_members<L, B>(members, count, counter + static_cast<uint32_t>(c), acc);
+    ESFAST_UNROLL
+    for (int b = 0; b < B; ++b) store_interleaved<L>(p.out + 4 * (c + b * L::width), acc[b]);
+  });
 }
 
+// Nothing is asked for: there is next to no noise to make beside it, and the pass alone is faster.
 template <class L>
-static void fill_rademacher(const Stream& s, uint64_t tile, int tiles, float* out) {
+static void fill_rademacher(const Stream& s, const Place& p) {
   uint32_t words[4 * (kBlock / kTile + L::batches * L::width)];
-  philox_words<L>(s, static_cast<uint32_t>(tile), tiles, words);
+  philox_words<L>(s, static_cast<uint32_t>(p.tile), p.tiles, words);
   const auto one = L::as_bits(L::setf(1.0f));
-  for (int i = 0; i < tiles * kTile; i += L::width)
-    L::storef(out + i, L::as_float(L::xor_(one, L::signs(words[i / 32] >> (i % 32)))));
+  for (int i = 0; i < p.tiles * kTile; i += L::width)
+    L::storef(p.out + i, L::as_float(L::xor_(one, L::signs(words[i / 32] >> (i % 32)))));
 }
 
 // Members in groups whose words fit beside the accumulators in the first-level cache.
 template <class L>
-static void add_rademacher(const Stream* members, int count, uint64_t tile, int tiles, float* out) {
+static void add_rademacher(const Stream* members, int count, const Place& p) {
   constexpr int kGroup = 32, W = L::width, kWords = 4 * (kBlock / kTile + L::batches * W);
   uint32_t words[kGroup][kWords];
-  memset(out, 0, sizeof(float) * static_cast<size_t>(tiles * kTile));
+  float* out = p.out;
+  memset(out, 0, sizeof(float) * static_cast<size_t>(p.tiles * kTile));
   for (int first = 0; first < count; first += kGroup) {
     const int group = count - first < kGroup ? count - first : kGroup;
     for (int n = 0; n < group; ++n)
-      philox_words<L>(members[first + n], static_cast<uint32_t>(tile), tiles, words[n]);
-    for (int i = 0; i < tiles * kTile; i += 32) {
+      philox_words<L>(members[first + n], static_cast<uint32_t>(p.tile), p.tiles, words[n]);
+    for (int i = 0; i < p.tiles * kTile; i += 32) {
+      if (first == 0) p.ahead.ask(i, 32);
       typename L::f32 acc[32 / W];
       ESFAST_UNROLL
       for (int j = 0; j < 32 / W; ++j) acc[j] = L::loadf(out + i + j * W);
@@ -142,9 +165,9 @@ static void add_rademacher(const Stream* members, int count, uint64_t tile, int 
 }
 
 template <class L>
-static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tiles, float* out) {
-  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
-  for_batches<L>(tiles * (kTile / 4), [&](auto batches, int c) ESFAST_INLINE {
+static void fill_hadamard(const Stream& s, uint32_t row, const Place& p) {
+  const uint32_t counter = p.counter();
+  for_dense<L>(p, [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(s, counter + static_cast<uint32_t>(c), words);
@@ -153,18 +176,18 @@ static void fill_hadamard(const Stream& s, uint32_t row, uint64_t tile, int tile
       typename L::f32 z[4];
       ESFAST_UNROLL
       for (int j = 0; j < 4; ++j) z[j] = hadamard<L>(words[b][j], row);
-      store_interleaved<L>(out + 4 * (c + b * L::width), z);
+      store_interleaved<L>(p.out + 4 * (c + b * L::width), z);
     }
   });
 }
 
 // The integers of one group into `sums`: four vectors a batch of counters, not yet interleaved.
 template <class L, bool first>
-static void sum_hadamard(const Buffers& u, int group, uint32_t counter, int counters,
-                         uint32_t* sums) {
+static void sum_hadamard(const Buffers& u, int group, const Place& p, uint32_t* sums) {
   using Tables = HadamardTables<L>;
+  const uint32_t counter = p.counter();
   const int32_t* tables = u.tables + group * Tables::words;
-  for_batches<L>(counters, [&](auto batches, int c) ESFAST_INLINE {
+  for_dense<L>(p, [&](auto batches, int c) ESFAST_INLINE {
     constexpr int B = decltype(batches)::value;
     typename L::u32 words[B][4];
     philox<L, B>(u.streams[group], counter + static_cast<uint32_t>(c), words);
@@ -178,22 +201,21 @@ static void sum_hadamard(const Buffers& u, int group, uint32_t counter, int coun
 }
 
 template <class L>
-static void add_hadamard(const Buffers& u, int count, float scale, uint64_t tile, int tiles,
-                         float* out) {
+static void add_hadamard(const Buffers& u, int count, float scale, const Place& p) {
   if (count == 0) {
-    memset(out, 0, sizeof(float) * static_cast<size_t>(tiles * kTile));
+    memset(p.out, 0, sizeof(float) * static_cast<size_t>(p.tiles * kTile));
     return;
   }
-  const uint32_t counter = static_cast<uint32_t>(tile * (kTile / 4));
+  const Place again{p.tile, p.tiles, {}, p.out};
   alignas(64) uint32_t sums[kBlock + kSlack];
-  sum_hadamard<L, true>(u, 0, counter, tiles * (kTile / 4), sums);
-  for (int g = 1; g < count; ++g) sum_hadamard<L, false>(u, g, counter, tiles * (kTile / 4), sums);
-  for (int i = 0; i < tiles * kTile; i += 4 * L::width) {
+  sum_hadamard<L, true>(u, 0, p, sums);
+  for (int g = 1; g < count; ++g) sum_hadamard<L, false>(u, g, again, sums);
+  for (int i = 0; i < p.tiles * kTile; i += 4 * L::width) {
     typename L::f32 acc[4];
     ESFAST_UNROLL
     for (int j = 0; j < 4; ++j)
       acc[j] = L::mulf(L::from_int(L::load(sums + i + j * L::width)), L::setf(scale));
-    store_interleaved<L>(out + i, acc);
+    store_interleaved<L>(p.out + i, acc);
   }
 }
 
@@ -204,16 +226,16 @@ ESFAST_FN uint32_t high_word(Noise noise, uint64_t index) {
 
 template <class L>
 static const float* fill_noise(const PerturbCall& call, uint32_t tensor, const Block& b,
-                               Buffers& buffers) {
+                               const Ahead& ahead, Buffers& buffers) {
   const Stream s =
       make_stream(call.source.seed, high_word(call.noise, b.index), tensor, call.source.purpose);
-  float* out = buffers.noise;
+  const Place p{b.tile(), b.tiles(), ahead, buffers.noise};
   switch (call.noise) {  // without a default: the compiler names a noise that is left out
-    case Noise::gaussian: fill_gaussian<L>(s, b.tile(), b.tiles(), out); break;
-    case Noise::rademacher: fill_rademacher<L>(s, b.tile(), b.tiles(), out); break;
-    case Noise::hadamard: fill_hadamard<L>(s, call.source.row, b.tile(), b.tiles(), out); break;
+    case Noise::gaussian: fill_gaussian<L>(s, p); break;
+    case Noise::rademacher: fill_rademacher<L>(s, p); break;
+    case Noise::hadamard: fill_hadamard<L>(s, call.source.row, p); break;
   }
-  return out + b.lead();
+  return p.out + b.lead();
 }
 
 static void prepare_streams(const UpdateCall& call, uint32_t tensor, uint64_t index, Buffers& u) {
@@ -230,18 +252,14 @@ static void prepare_streams(const UpdateCall& call, uint32_t tensor, uint64_t in
 }
 
 template <class L>
-static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Block& b, Buffers& u) {
+static const float* add_noise(const UpdateCall& call, uint32_t tensor, const Block& b,
+                              const Ahead& ahead, Buffers& u) {
+  const Place p{b.tile(), b.tiles(), ahead, u.noise};
   prepare_streams(call, tensor, b.index, u);
   switch (call.noise) {
-    case Noise::gaussian:
-      add_gaussian<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
-      break;
-    case Noise::rademacher:
-      add_rademacher<L>(u.streams, call.count, b.tile(), b.tiles(), u.noise);
-      break;
-    case Noise::hadamard:
-      add_hadamard<L>(u, call.count, call.hadamard_scale, b.tile(), b.tiles(), u.noise);
-      break;
+    case Noise::gaussian: add_gaussian<L>(u.streams, call.count, p); break;
+    case Noise::rademacher: add_rademacher<L>(u.streams, call.count, p); break;
+    case Noise::hadamard: add_hadamard<L>(u, call.count, call.hadamard_scale, p); break;
   }
   return u.noise + b.lead();
 }
