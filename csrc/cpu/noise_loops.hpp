@@ -66,13 +66,23 @@ static void philox_words(const Stream& s, uint32_t counter, int counters, uint32
   });
 }
 
+// A woven target computes the normals of each batch but the last beside the words of the next.
 template <class L>
 static void fill_gaussian(const Stream& s, const Place& p) {
-  const uint32_t counter = p.counter();
+  typename L::u32 words[L::batches][4];
   for_dense<L>(p, [&](auto batches, int c) ESFAST_INLINE {
-    constexpr int B = decltype(batches)::value;
+    constexpr int B = decltype(batches)::value, W = L::width;
+    const uint32_t at = p.counter() + static_cast<uint32_t>(c);
     typename L::f32 z[B][4];
-    gaussian<L, B>(s, counter + static_cast<uint32_t>(c), z);
+    if constexpr (L::woven && B == L::batches) {
+      if (c == 0) philox<L, B>(s, at, words);
+      if (c + 2 * B * W <= p.counters())
+        gaussian_woven<L, B>(s, at + B * W, words, z);
+      else
+        normals<L, B>(words, z);
+    } else {
+      gaussian<L, B>(s, at, z);
+    }
     ESFAST_UNROLL
     for (int b = 0; b < B; ++b) store_interleaved<L>(p.out + 4 * (c + b * L::width), z[b]);
   });
