@@ -253,13 +253,16 @@ def test_all_bit_patterns_update(target: str, dtype: str, noise: str) -> None:
         assert report.saturated == saturated
 
 
-def test_saturation_is_counted_over_tensors_and_threads(target: str) -> None:
-    top = np.full(5000, 0x7BFF, np.uint16)
-    model = {"a": tensor_of(top, "float16"), "b": tensor_of(top | 0x8000, "float16")}
+@pytest.mark.parametrize(("dtype", "step"), [("float16", 100.0), ("bfloat16", 1.3e36)])
+def test_saturation_is_counted_over_tensors_and_threads(
+    target: str, dtype: str, step: float
+) -> None:
+    top = np.full(5000, reference.INFINITY[dtype] - 1, np.uint16)
+    model = {"a": tensor_of(top, dtype), "b": tensor_of(top | 0x8000, dtype)}
     before = clones(model)
     members = population("rademacher", 1)
-    report = made(model, "lean", threads=2).update(members, [100.0], seed=5)
-    want, saturated = expected_update(before, reference.Update(members, [100.0], seed=5))
+    report = made(model, "lean", threads=2).update(members, [step], seed=5)
+    want, saturated = expected_update(before, reference.Update(members, [step], seed=5))
     assert_tensors(model, want)
     assert report.saturated == saturated > 4000
 
