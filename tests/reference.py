@@ -1,10 +1,10 @@
 """The second implementation of docs/noise.md (version 1): numpy only, slow, element by element.
 
 Every random number, perturbation and update that touches a weight, computed from the text of the
-specification and sharing no code with csrc/. Weights travel as their bits (uint16 or uint32), so
-that -0, subnormals and NaN payloads are compared too. fp32 `fma` is emulated exactly: a product of
-two fp32 is exact in float64, and the sum is rounded to odd there, which makes the second rounding
-to fp32 innocent (Boldo and Melquiond, 53 >= 2 * 24 + 2).
+specification, and the checksum that journals name; it shares no code with csrc/. Weights travel as
+their bits (uint16 or uint32), so that -0, subnormals and NaN payloads are compared too. fp32 `fma`
+is emulated exactly: a product of two fp32 is exact in float64, and the sum is rounded to odd there,
+which makes the second rounding to fp32 innocent (Boldo and Melquiond, 53 >= 2 * 24 + 2).
 
 It promises nothing about speed: about 1 us an element and member. A `member` is anything with
 `seed`, `sign`, `noise` and `index`; `i` is a uint64 array of logical element indices.
@@ -346,3 +346,17 @@ class Update:
             return nearest(out, dtype), 0
         assert self.rounding == "stochastic", self.rounding
         return stochastic(out, rounding_bits(self.seed, name, i), dtype)
+
+
+# ---- checksum ----------------------------------------------------------------------------------
+
+
+def checksum(bits: Bits, name: str, i: Any) -> int:
+    """Philox2x32-7 of (low word of i, bits), key = tensor id xor w * high word; modulo 2^64."""
+    i, w = np.asarray(i, dtype=np.uint64), np.uint64(0x9E3779B9)
+    x, y = i & LOW, bits.astype(np.uint64)
+    key = np.uint64(tensor_id(name)) ^ ((i >> 32) * w & LOW)
+    for r in range(7):
+        p = x * np.uint64(0xD256D193)
+        x, y = (p >> 32) ^ y ^ ((key + np.uint64(r) * w) & LOW), p & LOW
+    return int((x << 32 | y).sum(dtype=np.uint64))

@@ -296,6 +296,7 @@ def test_a_tensor_past_two_to_the_32(target: str) -> None:
     rows, columns = np.meshgrid(np.arange(2), np.arange(7), indexing="ij")
     i = ((rows + start[0]).astype(np.uint64) * shape[1] + columns + start[1]).reshape(-1)
     assert int(i.min()) > 2**32
+    assert weights.checksum() == f"{reference.checksum(bits, NAME, i):016x}"
     members = population("gaussian", 2)
     weights.perturb(members[0], 0.1)
     assert_bits(held, reference.perturb(bits, "bfloat16", NAME, i, members[0], 0.1))
