@@ -103,6 +103,17 @@ def test_a_million_gaussians(target: str) -> None:
     assert np.array_equal(got.view(np.uint32), many_gaussians().view(np.uint32))
 
 
+@pytest.mark.parametrize("first", [9890544, 48932898, 49527806, 85521354, 90139184])
+def test_radii_where_the_logarithm_is_split(target: str, first: int) -> None:
+    """|f| = 1.5 * 2^k, where m turns from 0.5 to -0.25: one word in 8 million, found by search."""
+    i = np.arange(first, first + 2, dtype=np.uint64)
+    x = reference.words(12, "w", i[:1] >> np.uint64(2), 0)
+    bits = np.abs(reference.signed(x[first % 4] | np.uint64(1)).astype(np.float32)).view(np.uint32)
+    assert bits & 0x007FFFFF == 0x00400000
+    got = noise(Member(seed=12), "w", (2,), first=first)
+    assert np.array_equal(got.view(np.uint32), reference.gaussian(12, "w", i).view(np.uint32))
+
+
 def test_shape_and_offset_do_not_matter() -> None:
     member = Member(seed=3)
     whole = noise(member, NAME, (5, 7, 11))

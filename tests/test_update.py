@@ -165,6 +165,17 @@ def test_population_sizes(target: str, noise: str, size: int) -> None:
     assert_tensors(model, want)
 
 
+def test_hadamard_coefficients_halfway_between_integers(target: str) -> None:
+    """Sums of 1, 3, .. 61 where the largest is 256: 63.5 times as many levels, as double has it."""
+    sums = np.array([256.0, *range(1, 63, 2)]) * (-1.0) ** np.arange(32)
+    rows = [[1 - 2 * (reference.hadamard_row(n) >> k & 1) for k in range(32)] for n in range(32)]
+    scalars = [float(c) for c in np.array(rows) @ sums / 32]
+    model = {"w": torch.zeros(257)}
+    made(model, "lean").update(population("hadamard", 32), scalars)
+    update = reference.Update(population("hadamard", 32), scalars)
+    assert_tensors(model, expected_update({"w": torch.zeros(257)}, update)[0])
+
+
 def test_an_empty_population_only_decays(target: str) -> None:
     model, anchor = tensors("bfloat16", plain_bits), tensors("bfloat16", plain_bits, seed=3)
     want = expected_update(clones(model), reference.Update([], [], ("l2", 0.25), seed=8), anchor)
