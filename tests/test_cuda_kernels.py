@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import NOISES, assert_bits, coefficients, plain_bits, population, tensor_of
 
 from esfast import EsfastError, ParameterTable, Weights, device_table, shaping
 from esfast.device_shaping import _NUMBERS
+from esfast.members import Member
 
 H200_LENDS = 232448  # bytes of shared memory
 
@@ -128,6 +130,31 @@ def test_the_current_device_is_put_back(emulator: Any) -> None:
         emulator.cuda.prepare(1)
         assert emulator.current_device() == chosen
     emulator.choose_device(0)
+
+
+def test_every_call_works_on_the_device_of_its_table(emulator: Any) -> None:
+    """Whichever is current: a kernel on the wrong one would read what is not there."""
+    weights = torch.zeros(1000, dtype=torch.bfloat16)
+    rows = ParameterTable.from_tensors({"w": weights}).rows()
+    cuda, spans = emulator.cuda, emulator.cuda.plan(rows)
+    room = np.zeros(1 << 16, dtype=np.uint64)
+    at = room.ctypes.data
+    place = cuda.Place(spans[0].ctypes.data, 1, spans[1], 1, 0)
+    buffers = cuda.Buffers(at, at + 4096, at + 8192, at + 65536, 4096, 64)
+    one = Member(3).spec
+    calls = [lambda: cuda.capture(place), lambda: cuda.refresh(place)]
+    calls += [lambda: cuda.checksum(place, at), lambda: cuda.shape(0, 1, 0, at, 9, 1, at, at)]
+    for noise in range(len(NOISES)):
+        people = cuda.Population(noise, [one] * 2, [0.1, 0.2])
+        calls.append(lambda n=noise: cuda.perturb(place, n, one, 0.1))
+        calls.append(lambda n=noise: cuda.record(place, n, one, 0.1, buffers, 1))
+        calls.append(lambda n=noise: cuda.restore(place, n, one, 0.1, buffers))
+        calls.append(lambda p=people: cuda.update(place, p, 0, 0.0, True, 5, at, at + 65536))
+    cuda.prepare(1)
+    emulator.worked()
+    for call in calls:
+        call()
+        assert emulator.worked() == {1} and emulator.current_device() == 0
 
 
 def test_a_device_that_is_not_there(emulator: Any) -> None:

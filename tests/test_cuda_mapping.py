@@ -146,8 +146,8 @@ def test_the_square_root_is_asked_for_what_it_can_answer(emulator: Any) -> None:
 # ---- the suite again, over the kernels ----------------------------------------------------------
 
 Case = Callable[..., None]
-# What is about the CPU's targets, or would only repeat.
-LEFT_OUT = {"test_flushing_denormals_outside_changes_nothing", "test_threads_do_not_matter"}
+# What would only repeat.
+LEFT_OUT = {"test_threads_do_not_matter"}
 
 
 def cases_of(module: ModuleType) -> Iterator[Any]:
@@ -268,6 +268,17 @@ def test_dense_tiles_are_what_the_general_mapping_makes_them(
     count = len(spans) // emulator.cuda.span_bytes
     place = emulator.cuda.Place(spans.ctypes.data, count, tiles, 0, 0)
     assert emulator.dense_tiles(place) == expected
+
+
+def test_dense_tiles_are_dense_in_the_base_too(emulator: Any) -> None:
+    live = aligned(5120)
+    rows = ParameterTable.from_tensors({"w": live}).rows()
+    for offset, dtype, expected in ((0, 1, 10), (1, 1, 0), (4, 1, 0), (8, 1, 10), (0, 0, 0)):
+        base = aligned(5120, offset, torch.float32 if dtype == 0 else torch.bfloat16)
+        rows["base"], rows["base_dtype"] = base.data_ptr(), dtype
+        spans, tiles = emulator.cuda.plan(rows)
+        place = emulator.cuda.Place(spans.ctypes.data, 1, tiles, 0, 0)
+        assert emulator.dense_tiles(place) == expected, (offset, dtype)
 
 
 @pytest.mark.parametrize("first", [0, 0x7F7F7000, 0x7F800000, 0x80007FF0, 0x3F800000, 0xFFFFF000])

@@ -93,6 +93,17 @@ def test_an_update_crosses_whole() -> None:
     assert watched.update(members, np.float32([0.1, -3e-45]), decay=decay, **options) == update
 
 
+def test_as_many_hadamard_groups_as_an_int32_holds() -> None:
+    """4128 groups of 32 integers of 16256 stay below 2^31; one more does not."""
+    members = [Member(seed=1, noise="hadamard", index=32 * k) for k in range(4128)]
+    model = {"w": torch.zeros(8)}
+    weights = Weights(ParameterTable.from_tensors(model))
+    with pytest.raises(EsfastError, match="index is 132096; it is an integer from 0 to 132095"):
+        Member(seed=1, noise="hadamard", index=32 * 4128)
+    weights.update(members, [1.0] * 4128)
+    assert model["w"].abs().min() > 1e-3
+
+
 def test_decay_that_overshoots_is_refused() -> None:
     weights = made(tensors("bfloat16"), "lean", anchor=anchor_for("bfloat16"))
     with pytest.raises(EsfastError, match="past their anchor"):

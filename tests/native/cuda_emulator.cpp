@@ -27,6 +27,8 @@ void cover(const Place& place, uint32_t blocks, uint32_t threads) {
         const auto lane = lane_of<Anyhow>(s, t, thread % kWarp);
         for (const Unit& u : lane.unit) {
           const Slots slots = live_of<Anyhow>(s, u);
+          if (slots.wide && slots.address % 16)
+            throw std::runtime_error("16 bytes at once, off their boundary");
           for (int e = u.first; e < u.end; ++e) {
             const uint64_t at = slots.address + static_cast<uint64_t>(e * slots.step);
             const uint32_t index = static_cast<uint32_t>(u.block * 8) + static_cast<uint32_t>(e);
@@ -125,6 +127,7 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("lend", [](int bytes) { simt::device.lent = bytes; });
   m.def("current_device", [] { return simt::device.current; });
   m.def("choose_device", [](int device) { simt::device.current = device; });
+  m.def("worked", [] { return std::exchange(simt::device.worked, {}); });
   m.def("neighbours", &esfast::cuda::neighbours);
   m.def("part", &esfast::cuda::part);
   m.def("cover", &esfast::cuda::cover);

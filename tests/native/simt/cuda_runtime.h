@@ -18,10 +18,13 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "../../../csrc/float_environment.hpp"
 
 #define __global__
 #define __device__
@@ -65,6 +68,7 @@ struct Device {
   int count = 2, processors = 3, current = 0, lent = 232448;
   cudaError_t error = cudaSuccess;
   uint64_t launches = 0;
+  std::set<int> worked;  // devices that were current for a launch or a memset
   std::map<const void*, size_t> enlarged;  // what a kernel was lent
 };
 inline Device device;
@@ -207,7 +211,9 @@ template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), const Shape& s, const Arguments&... arguments) {
   const void* address = reinterpret_cast<const void*>(kernel);
   if (told(refusal(address, s, (sizeof(Parameters) + ... + 0))) != cudaSuccess) return;
+  device.worked.insert(device.current);
   if (s.threads % kWarp) throw std::runtime_error("the last warp is not whole");
+  const esfast::DefaultFloats floats;  // a device's own, whatever the caller of the host's set
   auto call = [&] { kernel(Parameters(arguments)...); };
   Block b;
   b.fibers.resize(s.threads);
@@ -321,6 +327,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  simt::device.worked.insert(simt::device.current);
   memset(at, value, bytes);
   return cudaSuccess;
 }
