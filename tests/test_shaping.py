@@ -73,6 +73,18 @@ def test_members_whose_prompts_add_up_alike_are_equal(size: int) -> None:
     assert np.argmax(group_centered(one_better)) == 0
 
 
+@pytest.mark.parametrize("prompts", [2, 5, 64])
+def test_what_counts_as_rounding_of_a_sum(prompts: int) -> None:
+    """A deviation of up to 2^-40 a prompt; the half of it and twice as much, here."""
+    for share in (0.5, 2.0):
+        column = np.array([-1.0, 0.0, 1.0])
+        rewards = np.stack([column, -column] * (prompts // 2) + [np.zeros(3)] * (prompts % 2), 1)
+        rewards[1, 0] += share * 2.0**-40 * prompts * 1.5
+        scores = (rewards - rewards.mean(0)) / np.where(rewards.std(0) == 0, 1, rewards.std(0))
+        assert scores.sum(1).std() / prompts == pytest.approx(share * 2.0**-40, rel=0.2)
+        assert group_centered(rewards).any() == (share > 1)
+
+
 @pytest.mark.parametrize("power", [-1060, -900, -300, 300, 900, 1015])
 def test_the_scale_of_rewards_does_not_matter(power: int) -> None:
     """Whatever their squares would overflow to; a power of two rounds nothing."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import reference
 import torch
 from cases import (
     DTYPES,
@@ -284,20 +286,20 @@ def test_any_alignment(target: str, offset: int) -> None:
     check(whole, segments, "gaussian", "lean")
 
 
-def test_a_tensor_past_two_to_the_32(target: str) -> None:
-    """A shard of a canonical tensor with more than 2^32 elements: the last rows' last columns."""
-    import numpy as np
-    import reference
-
-    shape, start = (70_000, 65_537), (69_998, 65_530)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("power", [32, 34, 35, 39])
+def test_rows_across_a_carry(target: str, power: int, noise: str) -> None:
+    """Where an index, a block of 4, of 8 (rounding) and of 128 (signs) carries into its upper word:
+    inside the first of two rows of a shard of a tensor that nobody could hold."""
+    columns = 70_001
+    row, column = divmod(2**power, columns)
+    shape, start = (row + 2, columns), (row, column - 6)
     bits = nasty_bits("bfloat16", 14)
     held = tensor_of(bits, "bfloat16", (2, 7))
     weights = Weights(ParameterTable([Segment(NAME, shape, held, start)]))
-    rows, columns = np.meshgrid(np.arange(2), np.arange(7), indexing="ij")
-    i = ((rows + start[0]).astype(np.uint64) * shape[1] + columns + start[1]).reshape(-1)
-    assert int(i.min()) > 2**32
+    i = np.array([2**power - 6 + r * columns + c for r in range(2) for c in range(7)], np.uint64)
     assert weights.checksum() == f"{reference.checksum(bits, NAME, i):016x}"
-    members = population("gaussian", 2)
+    members = population(noise, 2)
     weights.perturb(members[0], 0.1)
     assert_bits(held, reference.perturb(bits, "bfloat16", NAME, i, members[0], 0.1))
     weights.restore()

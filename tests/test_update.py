@@ -129,6 +129,18 @@ def test_the_sign_of_a_zero_coefficient_counts(target: str, zero: float) -> None
     assert_tensors(model, expected_update({"w": torch.full((64,), -0.0)}, want)[0])
 
 
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_step_of_zero_is_positive(target: str, noise: str, size: int) -> None:
+    """-0 + 0 is 0, also of no member at all."""
+    for dtype in DTYPES:
+        model = {"w": tensor_of(special_bits(dtype), dtype)}
+        update = reference.Update(population(noise, size), [0.0] * size, seed=3)
+        want = expected_update(clones(model), update)[0]
+        made(model, "lean").update(population(noise, size), [0.0] * size, seed=3)
+        assert_tensors(model, want, dtype)
+
+
 LARGE = 200_003  # past the chunks and blocks that small tensors never fill
 
 
@@ -279,17 +291,18 @@ def test_saturation_is_counted_over_tensors_and_threads(
 
 
 SMALL_STEPS = {"normal": [1.3e-38, -2e-38], "subnormal": [1e-41, 2e-40]}
+SMALL_SIGMAS = {"normal": 1.2e-38, "subnormal": 3e-41}
 
 
 @pytest.mark.parametrize("steps", SMALL_STEPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flushing_denormals_outside_changes_nothing(target: str, dtype: str, steps: str) -> None:
     """Weights, anchor, members and coefficients at the bottom of fp32's range."""
-    scalars = SMALL_STEPS[steps]
+    scalars, sigma = SMALL_STEPS[steps], SMALL_SIGMAS[steps]
     small = np.concatenate([special_bits(dtype), nasty_bits(dtype, 400)])
     anchor = np.roll(small, 7)
     one, members = member("gaussian"), population("gaussian", 2)
-    wanted = reference.perturb(small, dtype, "w", np.arange(small.size), one, 1.2e-38)
+    wanted = reference.perturb(small, dtype, "w", np.arange(small.size), one, sigma)
     update = reference.Update(members, scalars, ("l2", 0.5), seed=1)
     i = np.arange(small.size, dtype=np.uint64)
     stepped, _ = update.apply(small, dtype, "w", i, reference.widen(anchor, dtype))
@@ -299,7 +312,7 @@ def test_flushing_denormals_outside_changes_nothing(target: str, dtype: str, ste
     checksum = weights.checksum()
     assert torch.set_flush_denormal(True)
     try:
-        weights.perturb(one, 1.2e-38)
+        weights.perturb(one, sigma)
         live = bits_of(model["w"])
         weights.restore()
         restored, same = bits_of(model["w"]), weights.checksum() == checksum

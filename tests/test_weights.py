@@ -83,6 +83,25 @@ def test_from_a_member_to_its_mirror(target: str, dtype: str, noise: str, memory
     assert_tensors(model, tensors(dtype))
 
 
+def test_members_of_one_seed_that_do_not_mirror_each_other(target: str) -> None:
+    """Another group, another row of its matrix, another noise: a draw of its own each."""
+    model = tensors("bfloat16")
+    weights = made(model, "lean")
+    kinds = [
+        ("hadamard", 0),
+        ("hadamard", 32),
+        ("hadamard", 33),
+        ("gaussian", 0),
+        ("rademacher", 0),
+    ]
+    for noise, index in kinds:
+        one = Member(seed=5, sign=1 - 2 * (index == 32), noise=noise, index=index)
+        weights.perturb(one, 0.02)
+        assert_tensors(model, expected_perturb(tensors("bfloat16"), one, 0.02), f"{noise} {index}")
+    weights.restore()
+    assert_tensors(model, tensors("bfloat16"))
+
+
 class NoMemory:
     """A core that finds none for another member."""
 
