@@ -60,7 +60,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kGuard = 4096;
 constexpr size_t kStack = 256 << 10, kUsualShared = 48 << 10, kMostParameters = 4096;
 
 // Small and odd, so that warps visit many tiles each. `lent`: shared memory of a block, an H200's.
@@ -223,8 +223,10 @@ void run(void (*kernel)(Parameters...), const Shape& s, const Arguments&... argu
   blockDim.x = s.threads;
   gridDim.x = s.blocks;
   for (blockIdx.x = 0; blockIdx.x < s.blocks; ++blockIdx.x) {
-    dynamic_shared.assign(s.shared, '\x55');
+    dynamic_shared.assign(s.shared + kGuard, '\x55');
     run_block(b, s.threads, ++device.launches);
+    if (std::count(dynamic_shared.end() - kGuard, dynamic_shared.end(), '\x55') != kGuard)
+      throw std::runtime_error("shared memory was written past what the launch asked for");
   }
 }
 
