@@ -68,7 +68,7 @@ struct Device {
   int count = 2, processors = 3, current = 0, lent = 232448;
   cudaError_t error = cudaSuccess;
   uint64_t launches = 0;
-  std::set<int> worked;  // devices that were current for a launch or a memset
+  std::set<int> worked;                    // devices that were current for a launch or a memset
   std::map<const void*, size_t> enlarged;  // what a kernel was lent
 };
 inline Device device;
