@@ -32,6 +32,10 @@ class StateError(EsfastError, RuntimeError):
     """A call that the present state does not allow."""
 
 
+class LostError(StateError):
+    """A process of an engine's has ended; one that is started anew can go on from the journal."""
+
+
 def require_one_of(what: str, value: object, choices: Sequence[str]) -> None:
     """ConfigError for a name that is not among those that `what` has."""
     if value not in choices:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from esfast.anchor import Anchor
-from esfast.errors import ConfigError, DataError, StateError
+from esfast.errors import ConfigError, DataError, LostError, StateError
 from esfast.interrupts import Interrupts
 from esfast.journal import JournalWriter
 from esfast.journal_format import GenerationRecord, merged
@@ -146,7 +147,8 @@ class EvolutionStrategy:
 
     def _leave(self, loop: object) -> None:
         if self._loop is loop:
-            self.weights.restore()
+            with suppress(LostError):  # weights that are gone are told of where they are asked for
+                self.weights.restore()
 
     def step(self, rewards: ArrayLike, nan: str = "raise", failed: int = 0) -> StepReport:
         """Moves the weights along the noise that scored well, and goes to the next generation.

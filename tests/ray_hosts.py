@@ -10,14 +10,15 @@ from typing import Any
 
 from workers_driver import Numbers
 
-from esfast.errors import DataError
+from esfast.errors import DataError, LostError
 from esfast.launch.ray_actor import Hosted
 from esfast.strategy import StrategyConfig
 
 
 class Told(Numbers):
-    """Numbers with acts: "die once" in the middle of generation 2, "die always", "refuse" a prompt,
-    "apart": another weight than everybody's after an update, "slow"."""
+    """Numbers with acts: "die once" in the middle of generation 2, "die always", "lose once" a
+    process of the engine's, "refuse" a prompt, "apart": another weight than everybody's after
+    an update, "slow"."""
 
     def __init__(self, size: int, act: str, folder: Path) -> None:
         super().__init__(size=size)
@@ -46,6 +47,8 @@ class Told(Numbers):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.told == "die always" and sampling.seed == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.told == "lose once" and sampling.seed == 2 and self.first("died"):
+            raise LostError("a process is gone.")
         if self.told == "refuse" and sampling.seed == 2:
             raise DataError("prompt 3 is no prompt.")
         return super().generate(prompts, sampling)

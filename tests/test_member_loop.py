@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from esfast import EvolutionStrategy, Member
-from esfast.errors import ConfigError, StateError
+from esfast.errors import ConfigError, LostError, StateError
 from esfast.interrupts import Interrupts
 from esfast.journal import JournalWriter, read_journal
 from esfast.replay import keep_journal
@@ -138,6 +139,25 @@ def test_a_member_that_there_is_not_is_no_member(number: Any) -> None:
     with pytest.raises(ConfigError, match=r"was dealt of a population of 4; numbers .* 0 to 3"):
         list(es.population([0, number]))
     assert not es.weights.perturbed
+
+
+def test_weights_that_are_lost_need_no_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's own error is told, and nothing beside it."""
+    es = EvolutionStrategy(torch.nn.Linear(4, 2), sigma=0.1, population_size=4)
+
+    def lost() -> None:
+        raise LostError("gone.")
+
+    def stop(member: Member) -> float:
+        raise Stop
+
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr(es.weights, "restore", lost)
+    for loop in (plain, named):
+        with pytest.raises(Stop):
+            loop(es, stop)
+    assert unraisable == []
 
 
 @pytest.mark.parametrize("memory", ["lean", "shadow"])

@@ -146,9 +146,10 @@ def test_an_engine_killed_twice_replays_and_rejoins(tmp_path, alone):
     assert told["told"].count("it is started again") == 2
 
 
-def test_the_only_engine_killed(tmp_path, alone):
-    """In the middle of a generation, by its own hand."""
-    told = train(tmp_path / "x", 1, "die once")
+@pytest.mark.parametrize("act", ["die once", "lose once"])
+def test_the_only_engine_killed(act, tmp_path, alone):
+    """In the middle of a generation, by its own hand; or a process of its own."""
+    told = train(tmp_path / "x", 1, act)
     assert (tmp_path / "x/died").exists() and "engine 0 died" in told["told"]
     assert {name: told[name] for name in alone} == alone
 

@@ -34,6 +34,7 @@ from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.decoding import Ends
 from esfast.engines.vllm_derived import REFUSE_LATER
 from esfast.engines.vllm_options import require_options, require_plain
+from esfast.engines.vllm_processes import Processes, engine_processes
 from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
@@ -107,7 +108,9 @@ class VLLMEngine:
             **_memory(tensor_parallel_size, options or {}),
             **(options or {}),
         }
+        others = engine_processes(os.getpid())
         self._llm: Any = _start(self.folder, given)
+        self._processes = Processes(self._llm.llm_engine.engine_core, others)
         self._closed = False
         _OPEN.add(self)
         self._try_weights()
@@ -177,6 +180,7 @@ class VLLMEngine:
         self._closed = True
         self._plans.clear()
         _OPEN.discard(self)
+        self._processes.close()
         with _groups_kept():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
@@ -197,7 +201,9 @@ class VLLMEngine:
     def _call(self, name: str, *arguments: Any) -> list[Any]:
         """What every worker's `Shard` answered to one call."""
         self._require_open()
-        return answered(self._llm.collective_rpc("esfast", args=(name, *arguments)))
+        with self._processes.asked():
+            replies = self._llm.collective_rpc("esfast", args=(name, *arguments))
+        return answered(replies)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -218,8 +224,10 @@ class VLLMEngine:
         """vLLM's outputs, with nothing kept of what was generated before. The workers know best
         whether bits were restored since: more than one handle may have edited them."""
         self._call("derive")
-        self._llm.reset_prefix_cache()
-        return self._llm.generate(list(prompts), parameters, use_tqdm=False)
+        with self._processes.asked():
+            self._llm.reset_prefix_cache()
+            outputs: list[Any] = self._llm.generate(list(prompts), parameters, use_tqdm=False)
+        return outputs
 
     def _parameters(self, sampling: Sampling, at: int) -> Any:
         from vllm import SamplingParams

@@ -19,7 +19,7 @@ from typing import Any
 
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.fleet import MemberAnswers
-from esfast.errors import EsfastError, StateError
+from esfast.errors import EsfastError, LostError, StateError
 from esfast.launch.ray_actor import EngineActor, completion_of, packed
 from esfast.launch.ray_cluster import Cluster, Share, is_death, last_line
 from esfast.launch.ray_weights import RayWeights
@@ -101,7 +101,7 @@ class RayFleet:
             data = self._cluster.ray.get(reply)
         except errors.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, EsfastError):
+            if isinstance(cause, EsfastError) and not isinstance(cause, LostError):
                 raise type(cause)(f"engine {seat.number}: {cause}") from None
             if not is_death(cause):
                 raise

@@ -20,7 +20,6 @@ from esfast.engines.base import Bounded, Completion, Engine, Sampling
 from esfast.errors import StateError
 from esfast.evolution import EvolutionStrategy
 from esfast.journal import parse
-from esfast.launch.watch import watch
 from esfast.measure import GENERATION, PERTURB, Clock, peak_bytes, reset_peak
 from esfast.members import Member
 from esfast.replay import replay, require_base, require_settings
@@ -90,7 +89,6 @@ class EngineActor:
             os.environ.update(environment)
             place, _, name = make.partition(":")
             self._held = getattr(import_module(place), name)(arguments)
-            watch()
         return {"generation": 0, "pid": os.getpid()}
 
     def live(self, memory: str, anchored: bool, threads: int | None) -> dict[str, Any]:
