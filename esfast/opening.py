@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Opened:
     """An engine; the folder of the model that decay pulls to, None where the engine knows it
-    itself; and what saves the live model to a folder, with an account of how it was made."""
+    itself; what saves the live model to a folder, with an account of how it was made; and the
+    device that generates."""
 
     engine: Engine
     anchor: Path | None
     save: Callable[[Path, Mapping[str, Any]], object]
+    device: str
 
 
 def open_engine(args: argparse.Namespace) -> Opened:
@@ -41,7 +43,7 @@ def _vllm(args: argparse.Namespace) -> Opened:
     from esfast.engines.vllm import VLLMEngine, require_device
 
     _require_no_torchrun()
-    require_device(args.device)
+    device = require_device(args.device)
     engine = VLLMEngine(
         args.model,
         dtype=args.dtype,
@@ -57,7 +59,7 @@ def _vllm(args: argparse.Namespace) -> Opened:
     except BaseException:
         engine.close()
         raise
-    return Opened(engine, anchor, engine.save)
+    return Opened(engine, anchor, engine.save, device)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,6 +116,5 @@ def _transformers(args: argparse.Namespace) -> Opened:
     anchor = _anchor(args, loaded.folder)
     if args.anchor_model is not None:
         Anchor.from_safetensors(anchor, engine.table())  # one that does not fit: before a folder
-    return Opened(
-        engine, anchor, lambda path, made: without_bars()(save_model)(loaded, path, made=made)
-    )
+    save = without_bars()(save_model)
+    return Opened(engine, anchor, lambda path, made: save(loaded, path, made=made), args.device)

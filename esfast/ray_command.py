@@ -46,7 +46,7 @@ def open_fleet(args: argparse.Namespace, journal: Path) -> Opened:
     except BaseException:
         cluster.close()
         raise
-    return Opened(fleet, None, fleet.save)
+    return Opened(fleet, None, fleet.save, making.arguments["device"])
 
 
 def _share(args: argparse.Namespace, cluster: Cluster, engines: int) -> Share:

@@ -127,6 +127,7 @@ def _train(
         description = past.described(description)
         require_journal(output)
     with job.trainer(args, config, task) as make, _opened(args, output) as opened:
+        description["device"] = opened.device
         stages = getattr(args, "stages_left", 1)  # of esfast continual
         require_disk_for_train(opened.engine, config, output, past is not None, stages)
         require_prompts_fit(opened.engine, task, Dealt(config, config.strategy.seed), prior)
@@ -183,7 +184,6 @@ def _description(
         **({"method": job.method} if job.method else {}),
         "model": str(args.model),
         "dtype": args.dtype,
-        "device": args.device,
         "task": task.describe(),
         "settings": asdict(config),
         "arguments": flags_of(args, job.add_arguments),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_cli import here, run, vowels  # noqa: F401  (fixtures)
 
-from esfast import ConfigError
+from esfast import ConfigError, train_command
 from esfast.engines import vllm
 from esfast.opening import open_engine
 from esfast.train_flags import add_train_arguments
@@ -44,6 +47,29 @@ def test_vllms_own_arguments_are_its_options(monkeypatch: pytest.MonkeyPatch) ->
         "max_model_len": 64,
     }
     assert (settings["tensor_parallel_size"], settings["threads"]) == (2, 3)
+
+
+def test_the_device_is_the_one_that_vllm_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(current_platform=SimpleNamespace(device_type="cuda"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
+    monkeypatch.setattr(vllm, "VLLMEngine", lambda *_, **__: SimpleNamespace(folder=Path(), save=0))
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    assert open_engine(parser.parse_args(["--engine", "vllm"])).device == "cuda"
+    with pytest.raises(ConfigError, match="which runs on cuda"):
+        open_engine(parser.parse_args(["--engine", "vllm", "--device", "xpu"]))
+
+
+def test_a_runs_folder_names_the_device_that_generated(
+    vowels: list[str],  # noqa: F811
+    here: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = [*vowels, "--generations", "1", "--no-plots"]
+    elsewhere = lambda args: replace(open_engine(args), device="elsewhere")  # noqa: E731
+    monkeypatch.setattr(train_command, "open_engine", elsewhere)
+    assert run(*flags) == 0
+    assert json.loads(Path("run/config.json").read_text())["device"] == "elsewhere"
 
 
 def test_without_the_flag_vllms_share_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

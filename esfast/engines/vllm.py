@@ -336,18 +336,19 @@ def _start(folder: Path, given: Mapping[str, Any]) -> Any:
         torch.set_num_threads = set_threads
 
 
-def require_device(name: str) -> None:
-    """ConfigError for a device that vLLM would not run on; "cpu" is the flag's default and says
-    nothing."""
+def require_device(name: str) -> str:
+    """The kind of device that vLLM runs on. ConfigError for another one; "cpu" is the flag's
+    default and says nothing."""
     try:
         from vllm.platforms import current_platform
     except ImportError:
-        return  # the engine says so
+        return name  # the engine says so
     if name not in ("cpu", current_platform.device_type):
         raise ConfigError(
             f"--device {name} has no effect on vLLM, which runs on {current_platform.device_type} "
             "here: leave it out. Among several GPUs CUDA_VISIBLE_DEVICES chooses."
         )
+    return str(current_platform.device_type)
 
 
 def _prepare(workers: int, threads: int | None) -> None:
