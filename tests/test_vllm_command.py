@@ -72,6 +72,7 @@ def test_the_command_refuses_in_a_paragraph(
             ["--gpu-memory-utilization", "0.3", "--engine-option", "gpu_memory_utilization=0.5"],
             "--gpu-memory-utilization 0.3 would be overruled",
         ),
+        (["--engine-option", "max_logprobs=0"], "refuses a prompt of 12 tokens"),
         (["--gpu-memory-utilization", "1.7"], "gpu_memory_utilization Input should be less than"),
     ],
 )

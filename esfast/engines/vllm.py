@@ -38,7 +38,7 @@ from esfast.engines.vllm_processes import Processes, engine_processes
 from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
-from esfast.errors import ConfigError, EsfastError, StateError
+from esfast.errors import ConfigError, EsfastError, StateError, first_line
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer
 from esfast.resources import available_memory
@@ -194,9 +194,16 @@ class VLLMEngine:
     def _try_weights(self) -> None:
         try:
             self.reach()
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            theirs = type(error).__module__.startswith("vllm.") or isinstance(error, ValueError)
+            if isinstance(error, EsfastError) or not theirs:
+                raise
+            raise EsfastError(  # vLLM's refusal of a prompt: an option that leaves it no answers
+                f"vLLM starts with {self.folder.name} and refuses a prompt of {PROBE_TOKENS} "
+                f"tokens whose answer and probabilities are looked at: {first_line(error)}. Look "
+                "at the options (--engine-option)."
+            ) from error
 
     def _call(self, name: str, *arguments: Any) -> list[Any]:
         """What every worker's `Shard` answered to one call."""
