@@ -1,7 +1,7 @@
 // What happens to one vector of weights: perturb, restore, update. One body for every lane type.
 //
 //   perturb   w' = round(fma(eps, scale, w)),  scale = sign * sigma
-//   restore   w  = round(fma(eps, -scale, w')), except where that is not exact
+//   restore   w  = round_back(fma(eps, -scale, w')), except where that is not exact
 //   update    t = w + acc; anchored decay pulls t towards the anchor (arXiv 2605.30148); one
 //   rounding
 // See docs/noise.md for the order of every operation.

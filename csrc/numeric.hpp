@@ -2,8 +2,8 @@
 //
 // In registers a weight is `u32` bits: fp32 and bf16 as the fp32 number that they are (a bf16 has
 // zeros below), fp16 as its 16 bits. Weights are loaded, rounded and stored `L::vectors` vectors at
-// a time, which is what a target packs best: `round` and `round_randomly` may leave anything in
-// the bits that `store` drops, and `clean` clears them. A NaN result is always the canonical quiet
+// a time, which is what a target packs best: the roundings may leave anything in the bits that
+// `store` drops, and `clean` clears them. A NaN result that stays is always the canonical quiet
 // NaN, since targets differ in which operand's payload survives an addition.
 #pragma once
 
@@ -57,6 +57,10 @@ struct VectorByVector {
   ESFAST_FN void round(const Floats<L>& t, Weights<L>& v) {
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j) v[j] = Dtype::template nearest<L>(t[j]);
+  }
+  template <class L>
+  ESFAST_FN void round_back(const Floats<L>& t, Weights<L>& v) {
+    round<L>(t, v);
   }
   template <class L>
   ESFAST_FN void round_randomly(const Floats<L>& t, const Weights<L>& random, Weights<L>& v,
@@ -138,6 +142,13 @@ struct BFloat16 {
       ESFAST_UNROLL
       for (int j = 0; j < L::vectors; ++j) v[j] = L::round_even(canonical<L>(t[j]));
     }
+  }
+  // Half up, NaN as it comes: one operation where `round` takes three. A restore may round as it
+  // likes, since its perturbation looked what comes of it.
+  template <class L>
+  ESFAST_FN void round_back(const Floats<L>& t, Weights<L>& v) {
+    ESFAST_UNROLL
+    for (int j = 0; j < L::vectors; ++j) v[j] = L::add(L::as_bits(t[j]), L::set(0x8000u));
   }
   template <class L>
   ESFAST_FN typename L::u32 clean(typename L::u32 v) {

@@ -172,10 +172,12 @@ def all_bits(dtype: str) -> reference.Bits:
 def assert_cycles(bits: reference.Bits, dtype: str, memory: str) -> None:
     model = {"w": tensor_of(bits, dtype)}
     weights = made(model, memory)
-    for sigma in (1e-8, 1e-3, 0.3, 1e4):
-        weights.perturb(member("gaussian"), sigma)
+    steps = [("gaussian", sigma) for sigma in (1e-8, 1e-3, 0.3, 1e4)]
+    steps += [("rademacher", odd * 2.0**-12) for odd in (1, 3, 5)]  # halfway between two weights
+    for noise, sigma in steps:
+        weights.perturb(member(noise), sigma)
         weights.restore()
-        assert_bits(model["w"], bits, f"sigma {sigma}")
+        assert_bits(model["w"], bits, f"{noise}, sigma {sigma}")
 
 
 @pytest.mark.parametrize("memory", MODES)

@@ -38,7 +38,7 @@ ESFAST_FN uint8_t* perturb_group(uint8_t* live, const float* noise, int count, f
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
       t[j] = perturbed<L, T>(T::template clean<L>(v[j]), eps[j], -scale);
-    T::template round<L>(t, back);
+    T::template round_back<L>(t, back);
     const uint32_t mark = T::template differing<L>(at, back);
     to = L::template compress<T::bytes>(to, mark, at);
     T::template store<L>(at, v);
@@ -61,7 +61,7 @@ ESFAST_FN const uint8_t* restore_group(uint8_t* live, const float* noise, int co
     ESFAST_UNROLL
     for (int j = 0; j < L::vectors; ++j)
       t[j] = perturbed<L, T>(v[j], L::loadf(noise + i + j * L::width), -scale);
-    T::template round<L>(t, v);
+    T::template round_back<L>(t, v);
     T::template store<L>(at, v);
     from =
         L::template expand<T::bytes>(at, static_cast<uint32_t>(marks >> i) & all_lanes<L>(), from);
