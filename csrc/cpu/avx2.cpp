@@ -1,4 +1,4 @@
-// The avx2 target: compiled with its own instruction-set flags (see setup.py).
+// The avx2 target: compiled with its own instruction-set flags (build_flags.py).
 #define ESFAST_LANES avx2
 #include "../lanes/avx2.hpp"
 

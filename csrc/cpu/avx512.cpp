@@ -1,4 +1,4 @@
-// The avx512 target: compiled with its own instruction-set flags (see setup.py).
+// The avx512 target: compiled with its own instruction-set flags (build_flags.py).
 #define ESFAST_LANES avx512
 #include "../lanes/avx512.hpp"
 

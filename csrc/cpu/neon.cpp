@@ -1,4 +1,4 @@
-// The neon target: compiled with its own instruction-set flags (see setup.py).
+// The neon target: compiled with its own instruction-set flags (build_flags.py).
 #define ESFAST_LANES neon
 #include "../lanes/neon.hpp"
 

@@ -1,4 +1,4 @@
-// The scalar target: compiled with its own instruction-set flags (see setup.py).
+// The scalar target: compiled with its own instruction-set flags (build_flags.py).
 #define ESFAST_LANES scalar
 #include "../lanes/scalar.hpp"
 
