@@ -19,9 +19,14 @@ from esfast.failures import visible
 from esfast.interrupts import INTERRUPTED, ended_as_interrupted
 from esfast.lasting_output import is_worth_telling, lasting_output
 
-LESS_MEMORY = (
-    "Choose a smaller model, a narrower --dtype, --memory lean, or a smaller --batch-size."
-)
+LESS_MEMORY = {
+    "dtype": "a narrower --dtype",
+    "memory": "--memory lean",
+    "kl_dtype": "--kl-dtype bfloat16",
+    "batch_size": "a smaller --batch-size",
+    "micro_batch": "a smaller --micro-batch",
+}
+"""What takes less of it, by the flag that a command may have."""
 OTHER_PLACE = "Free some space there, see to its permissions, or name another place."
 
 COMMANDS = (
@@ -92,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str] | None) -> int:
+    args = argparse.Namespace()
     try:
         words = sys.argv[1:] if argv is None else argv
         args = build_parser(next(iter(words), "")).parse_args(words)
@@ -107,7 +113,9 @@ def _command(argv: list[str] | None) -> int:
         if not _lacks_memory(error):
             raise
         what = str(error).strip().splitlines()[0:1] or ["an allocation failed"]
-        return _say(f"not enough memory ({what[0]}). {LESS_MEMORY}", MENDABLE)
+        mends = [said for name, said in LESS_MEMORY.items() if hasattr(args, name)]
+        mend = ", or ".join(["a smaller model", *mends])
+        return _say(f"not enough memory ({what[0]}). Choose {mend}.", MENDABLE)
     except OSError as error:
         if error.filename is None:
             raise

@@ -154,10 +154,11 @@ class EvolutionStrategy:
         """Moves the weights along the noise that scored well, and goes to the next generation.
 
         rewards: one a member in the order of population(), or [population, prompts] with
-        group_centered shaping; failed: how many of them stand in for rewards that failed, for the
-        journal. Errors leave weights and generation as they were (DataError, for one, of rewards);
-        a journal, where there is one, has the generation before the weights move. A Ctrl-C that
-        comes while they move is raised after all of it is done.
+        group_centered shaping; nan: "worst" gives NaN the lowest finite one, "raise" refuses
+        them; failed: how many of them stand in for rewards that failed, for the journal. Errors
+        leave weights and generation as they were (DataError, for one, of rewards); a journal,
+        where there is one, has the generation before the weights move. A Ctrl-C that comes while
+        they move is raised after all of it is done.
         """
         record = self.decide(rewards, nan, failed)
         members = tuple(self.strategy.members(self.generation))

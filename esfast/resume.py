@@ -118,6 +118,7 @@ def _require_allowed(changed: Mapping[str, Any], flags: Mapping[str, Any]) -> No
     if refused:
         shown = ", ".join(f"{flag_of(n)} {changed[n]} (it has {flags.get(n)})" for n in refused)
         may = ", ".join(flag_of(name) for name in sorted(allowed & flags.keys()))
+        may += ", --memory (lean, shadow)" if flags.get("memory") in ("lean", "shadow") else ""
         raise ConfigError(
             f"the run cannot go on with {shown}: its result would be another. What may change is "
             f"{may}; for anything else start a new run."

@@ -2,12 +2,13 @@
 
     config.json         settings, and how the run was made
     metrics.jsonl       a line a generation: rewards, held-out scores, tokens, seconds
-    prompts.jsonl       a line a cycle of esfast fast-slow: the prompts that evolved
     pending.json        such a line while its generation is written down and evaluated
+    prompts.jsonl       a line a cycle of esfast fast-slow: the prompts that evolved
+    prior.jsonl         a line a prior task and evaluation, with --prior-tasks
     journal.esj         all that moved the weights, synced before they move (docs/journal.md)
     snapshots/          the newest snapshot, which shortens a resume; never required
     samples.json        the same prompts answered before and after
-    summary.json        the result; written last, absent while a run goes on
+    summary.json        the result; written when all but plots/ is, absent while a run goes on
     plots/              PNG
     model/              the tuned model as a Hugging Face folder
 

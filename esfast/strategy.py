@@ -179,7 +179,8 @@ class Strategy:
     def coefficients(self, rewards: ArrayLike, nan: str = "raise") -> np.ndarray:
         """(alpha / N) * F_n, float64 [population], before the members' signs.
 
-        rewards: [population], or [population, prompts] with group_centered shaping.
+        rewards: [population], or [population, prompts] with group_centered shaping; nan: "worst"
+        gives NaN the lowest finite reward, "raise" refuses them (DataError).
         """
         values = as_rewards(rewards)
         count = values.shape[0] if values.ndim else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_memory_that_runs_out_is_said(monkeypatch, capsys, error):
     assert run("train") == 2
     err = capsys.readouterr().err
     assert "not enough memory (" in err and "5 GB" in err and "frame" not in err
+
+
+@pytest.mark.parametrize("name", ["train", "grpo", "forgetting", "replay"])
+def test_what_takes_less_memory_is_a_flag_of_the_command(name, monkeypatch, capsys):
+    def broken(args):
+        raise MemoryError
+
+    (place,) = (run for command, _, run, _ in cli.COMMANDS if command == name)
+    monkeypatch.setattr(place.replace(":", "."), broken)
+    needed = {"forgetting": ["--base", "b", "--output", "o"], "replay": ["--base=b", "--output=o"]}
+    rest = [*needed[name], "run"] if name in needed else []
+    assert run(name, *rest) == 2
+    flags = re.findall(r"--[a-z-]+", capsys.readouterr().err)
+    assert run(name, "--help") == 0
+    assert flags and set(flags) <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(vowels, monkeypatch, capsys):

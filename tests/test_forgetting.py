@@ -208,6 +208,7 @@ REFUSED = {
     "one task twice": (["es", "--kl-prompts", "arithmetic"], "asked for twice"),
     "one prompt": (["es", "--kl-count", "1"], "2 or more: raise --kl-count, or leave KL out"),
     "a task of one prompt": (["es", "--kl-prompts", "one.jsonl"], "more held-out ones (--eval"),
+    "answers too long": (["es", "--kl-tokens", "600"], "of esfast forgetting --kl-tokens or"),
     "controls without answers": (["es", "--equal-norm", "whole", "--no-kl", "--score", "0"],
                                  "no prompts to answer"),
     "no base": (["es", "--base"], "--base"),

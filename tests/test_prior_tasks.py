@@ -308,10 +308,11 @@ def test_any_task_may_be_a_prior_task(tmp_path, monkeypatch):
 
 
 BAD = {
-    "questions:towns": (ConfigError, "there are capitals, opposites, plurals"),
+    "questions:towns": (ConfigError, "there are capitals, opposites, plurals.*FILE.jsonl itself"),
     "no.jsonl": (DataError, "cannot read no.jsonl"),
     "bad.jsonl": (DataError, 'line 1: expected an "answer"'),
-    "gsm8k": (ConfigError, "--data"),
+    "gsm8k": (ConfigError, "Name the file itself, FILE.jsonl .* is lm_eval:gsm8k"),
+    "custom": (ConfigError, "FILE.jsonl@module:function"),
     "no.yaml": (ConfigError, "there is no file no.yaml"),
 }
 

@@ -355,7 +355,7 @@ def test_what_would_change_the_result_is_refused_by_name(flags, capfd):
         assert run("train", "--resume", "run", *arguments) == 2
         err = capfd.readouterr().err
         assert f"cannot go on with --{name} {arguments[-1] if len(arguments) > 1 else ''}" in err
-        assert len(err.splitlines()) == 1
+        assert len(err.splitlines()) == 1 and "--memory (lean, shadow); for" in err
     more = Path("prompts.jsonl").read_text() + '\n{"prompt": "one more"}'
     Path("prompts.jsonl").write_text(more)
     assert run("train", "--resume", "run", "--generations", "2") == 2

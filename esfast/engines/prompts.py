@@ -142,8 +142,8 @@ def require_length(
     raise ConfigError(
         f"{kind} {at} ({first_words(prompts[at])!r}) has {longest} tokens; with max_new_tokens="
         f"{new_tokens} it needs {longest + new_tokens}, and the model's context holds {context}. "
-        "Shorten the prompt or leave it out, lower max_new_tokens (--max-new-tokens), or take a "
-        "model with a longer context."
+        "Shorten the prompt or leave it out, lower max_new_tokens (--max-new-tokens; of esfast "
+        "forgetting --kl-tokens or --score-tokens), or take a model with a longer context."
     )
 
 

@@ -36,6 +36,8 @@ from esfast.whole_file import write_whole
 PRIOR = "prior.jsonl"
 HARNESS = "lm_eval:"
 FILE = ".jsonl"
+OF_FILES = ("custom", "gsm8k")
+"""Tasks of esfast's that read a file of the user's."""
 
 
 class PriorTask(Protocol):
@@ -165,6 +167,11 @@ def make_prior_task(
     if kind == "questions":
         dataset = source.partition(":")[2]
         return OwnTask(source, Questions(dataset, evaluation_only=True), settings)
+    if kind in OF_FILES:
+        raise ConfigError(
+            f"{source!r} is no prior task: it reads a file. Name the file itself, FILE.jsonl with "
+            "answers or FILE.jsonl@module:function with a reward (lm-eval's is lm_eval:gsm8k)."
+        )
     if kind in TASKS:
         return OwnTask(source, make_task(source), settings)
     return HarnessTask(source, source.removeprefix(HARNESS), settings, harness_path)

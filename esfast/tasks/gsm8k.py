@@ -36,7 +36,8 @@ class Gsm8k(PoolTask):
         """Raises DataError for a file that is missing or not of that form."""
         if data is None:
             raise ConfigError(
-                "task gsm8k reads a local file; give it with --data train.jsonl "
+                "task gsm8k reads a local file; give it with --data train.jsonl, or to esfast "
+                "continual with --task-option gsm8k:data=train.jsonl "
                 '(rows: {"question": ..., "answer": "... #### 42"}).'
             )
         rows = _examples(Path(data))

@@ -74,7 +74,8 @@ def _kept(name: str) -> Path:
     if name not in there:
         raise ConfigError(
             f"there is no set of questions {name!r}; there are {', '.join(there)}. Write "
-            "questions:NAME, or give a file of your own with --data."
+            "questions:NAME, or give a file of your own: with --data, and as a prior task or in "
+            "--tasks FILE.jsonl itself."
         )
     return path
 
