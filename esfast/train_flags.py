@@ -48,7 +48,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_task_flags(parser.add_argument_group("task"))
     add_strategy_flags(parser.add_argument_group("evolution strategy"))
     run = parser.add_argument_group("run")
-    # 5 end within five minutes on two busy Zen 4 cores, the model fetched and converted.
+    # 5 end within four minutes on two free Zen 4 cores, the model fetched and converted.
     run.add_argument("--generations", type=positive, default=5, help="updates")
     add_run_flags(run, prompts=64)
     add_es_run_flags(run)
