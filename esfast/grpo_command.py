@@ -7,6 +7,7 @@ cores.
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from esfast.checkpoint import save_model
 from esfast.disk_room import require_disk_for_grpo
-from esfast.errors import DataError
+from esfast.errors import ConfigError, DataError
 from esfast.grpo import CHECKPOINTS, COMPUTE_DTYPES, GrpoConfig, GrpoRun
 from esfast.grpo_trl import SETTINGS, newest_checkpoint, require_trl
 from esfast.idle_flags import told_idle
@@ -96,6 +97,8 @@ def _add_grpo_flags(group: argparse._ArgumentGroup) -> None:
 
 def run_grpo(args: argparse.Namespace) -> int:
     """The run; returns the exit code. What can be refused is refused before a model is loaded."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("esfast grpo is one process; run it without torchrun.")
     clock = Clock(args.started_before)
     past = resumed(args, add_grpo_arguments) if args.resume is not None else None
     args = past.args if past is not None else args

@@ -21,6 +21,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 
+def test_torchrun_is_refused(tmp_path, monkeypatch, capsys):
+    """Its processes would make one folder, and TRL would join them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("grpo", "--output", "run") == 2
+    assert "one process" in capsys.readouterr().err and not Path("run").exists()
+
+
 def test_the_command_says_what_was_tuned_and_refuses_anothers_run(
     tmp_path, tiny_model, monkeypatch, capfd
 ):
