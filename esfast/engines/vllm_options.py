@@ -25,6 +25,7 @@ _OWN = {  # and what it has to be, or what goes wrong
     "seed": "sampled tokens are drawn by seeds of the run (--seed)",
     "use_tqdm_on_load": "it is off",
 }
+_ALONE = ("pipeline_parallel_size", "data_parallel_size")  # what vLLM spreads otherwise
 
 
 def require_options(options: Mapping[str, Any], batch_size: int | None) -> None:
@@ -41,14 +42,31 @@ def require_options(options: Mapping[str, Any], batch_size: int | None) -> None:
             )
         if name in _OWN:
             raise ConfigError(f"{name} is esfast's to set ({_OWN[name]}): leave the option out.")
+    for name in _ALONE:
+        if options.get(name, 1) != 1:
+            raise ConfigError(
+                f"{name} is {options[name]}; esfast edits models that are sharded by tensor "
+                "parallelism (--tensor-parallel-size), and runs several engines by --launcher ray "
+                "--engines N. Leave the option out."
+            )
+    if options.get("load_format") == "dummy":
+        raise ConfigError(
+            "load_format is dummy: vLLM would fill the model with random numbers, and the run "
+            "would train those. Leave the option out."
+        )
 
 
 def require_plain(folder: Path, options: Mapping[str, Any]) -> None:
     """ConfigError for a model of quantised weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     asked = options.get("quantization")
-    if _QUANTISED in config or asked is not None:
-        kind = asked or config[_QUANTISED].get("quant_method", "quantised")
+    if asked is not None:
+        raise ConfigError(
+            f"quantization is {asked}; quantised numbers are no weights that noise can be added "
+            "to. Leave the option out, and quantise the result."
+        )
+    if _QUANTISED in config:
+        kind = config[_QUANTISED].get("quant_method", "quantised")
         raise ConfigError(
             f"{folder.name} is {kind}-quantised; its stored numbers are no weights that noise can "
             "be added to. Train the 16-bit model that it was made from, and quantise the result."
