@@ -7,6 +7,7 @@ import queue
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from esfast.engines.vllm_processes import Processes, engine_processes
+from esfast.engines.vllm_processes import LONGEST_END, Processes, engine_processes
 from esfast.errors import LostError
 from esfast.launch.ray_cluster import is_death
 
@@ -73,6 +74,26 @@ def test_one_that_is_told_to_end_refuses_calls_first(core: subprocess.Popen[byte
     with pytest.raises(LostError), processes.asked():
         subprocess.Popen(["sh", "-c", f"sleep 0.2; kill {number}"])
         raise Exception("Server shutting down")
+
+
+def test_a_mistake_in_a_call_is_told_at_once(core: subprocess.Popen[bytes]) -> None:
+    processes, begun = Processes(Client(), every=60), time.monotonic()
+    with pytest.raises(ValueError, match="a"), processes.asked():
+        raise ValueError("a")
+    assert time.monotonic() - begun < LONGEST_END / 2
+    processes.close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_core_in_this_process_has_no_client_to_be_told(core: subprocess.Popen[bytes]) -> None:
+    (number,) = engine_processes(os.getpid())
+    within = type("InprocClient", (), {})()
+    before = set(threading.enumerate())
+    processes = Processes(within, every=0.01)
+    (watch,) = set(threading.enumerate()) - before
+    os.kill(number, signal.SIGKILL)
+    watch.join(60)
+    assert not watch.is_alive() and processes.gone() is not None
 
 
 def test_another_error_and_another_engines_process_are_none_of_it(

@@ -17,6 +17,7 @@ from esfast.errors import LostError
 TITLE = "VLLM::"  # how vLLM names its processes
 EVERY = 2.0  # seconds
 LONGEST_END = 5.0  # of one that refuses calls because it was told to end
+MISTAKES = (ValueError, TypeError)  # in a call, raised before it is sent
 
 
 def engine_processes(parent: int) -> dict[int, str]:
@@ -57,7 +58,8 @@ class Processes:
         try:
             yield
         except Exception as error:
-            until = time.monotonic() + LONGEST_END
+            waits = 0.0 if isinstance(error, MISTAKES) else LONGEST_END
+            until = time.monotonic() + waits
             while (gone := self.gone()) is None:
                 if not self._there or time.monotonic() > until:
                     raise
@@ -82,7 +84,7 @@ class Processes:
 
 def _end_waits(core: Any) -> None:
     """Who waits for the client's outputs, or for the answer to a call, is told that none comes."""
-    if core is None:
+    if core is None or not hasattr(core, "resources"):  # no client: the core is in this process
         return
     ended = RuntimeError("a process of vLLM's has ended")
     core.resources.engine_dead = True  # first: later calls are refused
