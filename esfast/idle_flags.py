@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from esfast.resume import flags_of
+from esfast.resume import flag_of, flags_of
 
 Acts = Callable[[argparse.Namespace], bool]
 
@@ -14,7 +14,7 @@ def _scores_elsewhere(args: argparse.Namespace) -> bool:
     return bool(args.reward) or (args.task or "").startswith(("custom", "reasoning_gym"))
 
 
-def _is_told(args: argparse.Namespace) -> bool:
+def _has_reflection(args: argparse.Namespace) -> bool:
     return getattr(args, "reflection", None) is not None
 
 
@@ -25,17 +25,17 @@ def _has_prior_tasks(args: argparse.Namespace) -> bool:
 PROCESSES = "scoring in processes: --reward, --task reasoning_gym:DATASET"
 GOES_WITH: tuple[tuple[str, tuple[str, ...], Acts], ...] = (
     (PROCESSES, ("reward_timeout", "reward_workers", "failure_reward"), _scores_elsewhere),
-    (PROCESSES, ("reward_memory",), lambda args: _scores_elsewhere(args) or _is_told(args)),
+    (PROCESSES, ("reward_memory",), lambda args: _scores_elsewhere(args) or _has_reflection(args)),
     (
         "--prior-tasks",
         ("prior_every", "prior_size", "prior_samples", "prior_temperature"),
         _has_prior_tasks,
     ),
-    ("--reflection", ("reflection_timeout",), _is_told),
+    ("--reflection", ("reflection_timeout",), _has_reflection),
     (
         "the model's own reflections, without --reflection",
         ("reflection_tokens", "reflection_temperature"),
-        lambda args: not _is_told(args),
+        lambda args: not _has_reflection(args),
     ),
 )
 """What flags go with, and whether a run has it."""
@@ -49,7 +49,7 @@ def told_idle(
     add_arguments(parser)
     flags = flags_of(args, add_arguments)
     return [
-        f"--{name.replace('_', '-')} {flags[name]} changes nothing here: it goes with {owner}"
+        f"{flag_of(name)} {flags[name]} changes nothing here: it goes with {owner}"
         for owner, names, acts in GOES_WITH
         if not acts(args)
         for name in names

@@ -48,8 +48,8 @@ struct Block {
 
 // The arrays that the pass over a block will touch, asked for while its noise is made: noise leaves
 // the memory idle, and a pass leaves idle what makes noise. All of them, written ones too, since
-// one that is waited for holds up the others. A Hadamard update in shadow memory takes 0.82 of its
-// time so, a Gaussian perturbation 0.9 (Zen 4, one thread; docs/benchmarks.md).
+// one that is waited for holds up the others. A Hadamard update in shadow memory takes 0.83 of its
+// time so, a Gaussian perturbation 0.95 (Zen 4; docs/benchmarks.md).
 struct Ahead {
   uint64_t from[6];  // addresses of runs that take 2 bytes an element of the block's tiles
   int runs;
