@@ -205,6 +205,7 @@ REFUSED = {
     "one run twice": (["es", "es"], "given twice"),
     "a folder in use": (["es", "--output", "."], "is there already"),
     "an unknown prior task": (["es", "--kl-prompts", "no_such_task.yaml"], "no_such_task"),
+    "a task of lm-eval": (["es", "--kl-prompts", "hellaswag"], "no prompts to answer"),
     "one task twice": (["es", "--kl-prompts", "arithmetic"], "asked for twice"),
     "one prompt": (["es", "--kl-count", "1"], "2 or more: raise --kl-count, or leave KL out"),
     "a task of one prompt": (["es", "--kl-prompts", "one.jsonl"], "more held-out ones (--eval"),

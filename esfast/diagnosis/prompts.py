@@ -13,8 +13,8 @@ import argparse
 from esfast.diagnosis.recorded import recorded_flags
 from esfast.errors import ConfigError
 from esfast.forgetting.answers import PromptSet
-from esfast.prior import PriorSettings, make_prior_task
-from esfast.prior.evaluation import OwnTask
+from esfast.prior import PriorSettings, make_own_prior_task
+from esfast.tasks import TASKS
 from esfast.train_flags import add_task_flags, task_of
 
 TOKENS = "max_new_tokens"
@@ -69,11 +69,12 @@ def _prior(args: argparse.Namespace, count: int) -> list[PromptSet]:
     sets = []
     settings = PriorSettings(size=max(count, 1), samples=0)
     for source in (word.strip() for word in (args.kl_prompts or "").split(",") if word.strip()):
-        task = make_prior_task(source, settings)
-        if not isinstance(task, OwnTask):
+        task = make_own_prior_task(source, settings)
+        if task is None:
             raise ConfigError(
-                f"--kl-prompts {source} is a task of lm-evaluation-harness, whose requests are no "
-                "prompts to answer; give a task of esfast's or a JSONL file of prompts."
+                f"--kl-prompts {source} is none of esfast's tasks ({', '.join(sorted(TASKS))}) and "
+                "no JSONL file. One of lm-evaluation-harness would not do: its requests are no "
+                "prompts to answer."
             )
         examples = task.task.held_out(count)
         sets.append(PromptSet(task.names[0], "prior", task.task, examples, args.score_tokens))

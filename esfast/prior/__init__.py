@@ -6,7 +6,7 @@ evaluation.py  PriorTasks: a set of tasks evaluated on whatever weights an engin
 harness.py     tasks of lm-evaluation-harness on the live model
 """
 
-from esfast.prior.evaluation import PriorTask, PriorTasks, make_prior_task
+from esfast.prior.evaluation import PriorTask, PriorTasks, make_own_prior_task, make_prior_task
 from esfast.prior.scores import Estimate, PriorScore, outcome
 from esfast.prior.settings import PriorSettings
 
@@ -16,6 +16,7 @@ __all__ = [
     "PriorSettings",
     "PriorTask",
     "PriorTasks",
+    "make_own_prior_task",
     "make_prior_task",
     "outcome",
 ]

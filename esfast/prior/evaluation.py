@@ -157,7 +157,13 @@ def make_prior_task(
     same name, or PATH.yaml. harness_path: a folder of further YAML tasks.
     Raises ConfigError, DataError.
     """
-    kind = source.partition(":")[0]
+    own = make_own_prior_task(source, settings)
+    return own or HarnessTask(source, source.removeprefix(HARNESS), settings, harness_path)
+
+
+def make_own_prior_task(source: str, settings: PriorSettings) -> OwnTask | None:
+    """As `make_prior_task`, without lm-evaluation-harness: None for what would be a task of its."""
+    kind, _, dataset = source.partition(":")
     file, at, reward = source.partition("@")
     if file.endswith(FILE) and at:
         task = Custom(reward, data=file, evaluation_only=True)
@@ -165,16 +171,13 @@ def make_prior_task(
     if source.endswith(FILE):
         return OwnTask(source, Questions(data=source, evaluation_only=True), settings)
     if kind == "questions":
-        dataset = source.partition(":")[2]
         return OwnTask(source, Questions(dataset, evaluation_only=True), settings)
     if kind in OF_FILES:
         raise ConfigError(
             f"{source!r} is no prior task: it reads a file. Name the file itself, FILE.jsonl with "
             "answers or FILE.jsonl@module:function with a reward (lm-eval's is lm_eval:gsm8k)."
         )
-    if kind in TASKS:
-        return OwnTask(source, make_task(source), settings)
-    return HarnessTask(source, source.removeprefix(HARNESS), settings, harness_path)
+    return OwnTask(source, make_task(source), settings) if kind in TASKS else None
 
 
 class PriorTasks:
