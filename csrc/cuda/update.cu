@@ -4,6 +4,8 @@
 // memory: their sums are look-ups in shared memory, in as many copies of the tables as fit, up to
 // one a bank. Groups beyond what shared memory holds (about 50 of 32 members) are looked up in
 // global memory.
+#include <cstring>
+
 #include "launch.hpp"
 #include "tile_loop.hpp"
 
@@ -105,18 +107,13 @@ int table_shift(int groups, size_t limit) {
   return -1;
 }
 
-Draw draw_of(const Source& s) {
-  return {static_cast<uint32_t>(s.seed), static_cast<uint32_t>(s.seed >> 32), s.purpose,
-          s.coefficient};
-}
-
 // The workspace: draws, then (Hadamard) the groups' coefficients, then their tables.
 std::vector<uint32_t> words_of(const UpdateCall& call) {
   std::vector<uint32_t> words;
   for (int n = 0; n < call.count; ++n) {
-    const Draw d = draw_of(call.sources[n]);
-    const uint32_t coefficient = Scalar::as_bits(d.coefficient);
-    words.insert(words.end(), {d.seed_low, d.seed_high, d.purpose, coefficient});
+    const Draw draw = draw_of(call.sources[n]);
+    words.resize(words.size() + sizeof(Draw) / 4);
+    std::memcpy(words.data() + words.size() - sizeof(Draw) / 4, &draw, sizeof(Draw));
   }
   if (call.noise == Noise::hadamard)
     for (int i = 0; i < 32 * call.count; ++i)
