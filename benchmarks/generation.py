@@ -1,10 +1,13 @@
 #!/usr/bin/env python
 """Times a member's evaluation beside model.generate; writes benchmarks/results/generation_cpu.csv.
 
-    python benchmarks/generation.py [--prompts 32 64] [--new-tokens 13] [--threads 2] [--rounds 5]
+    python benchmarks/generation.py [--prompts 32 64] [--new-tokens 13] [--dtype bfloat16 float16]
+                                    [--threads 2] [--rounds 5]
 
-The default task's prompts, greedy, SmolLM2-135M in bfloat16. Variants are interleaved and a row is
-the median of the rounds: `esfast` as training uses it, `esfast-plain` without the shared prefix,
+The default task's prompts, greedy, SmolLM2-135M. Rows of other dtypes and instructions stay in the
+file; ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 before the
+command makes torch take the processor for one without AVX-512. Variants are interleaved and a row
+is the median of the rounds: `esfast` as training uses it, `esfast-plain` without the shared prefix,
 `generate` transformers' own on the same prompts in one left-padded batch. Seconds are those of a
 whole call, tokenised prompts to texts; tokens are those up to each row's end. What it does not do:
 pin threads, or wait for a quiet machine.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
@@ -30,8 +33,8 @@ from esfast.models import DEFAULT_MODEL, load_model
 from esfast.provenance import commit, device_name
 
 RESULTS = Path(__file__).parent / "results" / "generation_cpu.csv"
-COLUMNS = ("commit", "date", "device", "threads", "dtype", "prompts", "new_tokens", "variant",
-           "seconds", "tokens_per_s", "times_peer")  # fmt: skip
+COLUMNS = ("commit", "date", "device", "instructions", "threads", "dtype", "prompts", "new_tokens",
+           "variant", "seconds", "tokens_per_s", "times_peer")  # fmt: skip
 PEER = "generate"
 Variant = Callable[[], int]
 
@@ -91,29 +94,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[13])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    loaded = load_model(DEFAULT_MODEL)
-    about = {"commit": commit(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-             "device": device_name(), "threads": args.threads, "dtype": "bfloat16"}  # fmt: skip
     rows = []
     with Progress() as progress:
-        steps = 3 * (args.rounds + 1) * len(args.prompts) * len(args.new_tokens)
+        steps = 3 * (args.rounds + 1) * len(args.prompts) * len(args.new_tokens) * len(args.dtype)
         bar = progress.add_task("generation", total=steps)
-        for count in args.prompts:
-            for new in args.new_tokens:
-                texts = prompts(count)
-                variants = {
-                    "esfast": ours(loaded, texts, new, True),
-                    "esfast-plain": ours(loaded, texts, new, False),
-                    PEER: peer(loaded, texts, new),
-                }
-                for row in measure(variants, args.rounds, lambda: progress.advance(bar)):
-                    rows.append({**about, "prompts": count, "new_tokens": new, **row})
-                    line = ", ".join(f"{key} {rows[-1][key]}" for key in COLUMNS[5:])
-                    progress.console.print(line, soft_wrap=True)
+        for dtype in args.dtype:
+            for row in rows_of(dtype, args, lambda: progress.advance(bar)):
+                rows.append(row)
+                line = ", ".join(f"{key} {row[key]}" for key in COLUMNS[5:])
+                progress.console.print(line, soft_wrap=True)
+    write(rows)
+
+
+def rows_of(
+    dtype: str, args: argparse.Namespace, advance: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    loaded = load_model(DEFAULT_MODEL, dtype=getattr(torch, dtype))
+    about = {"commit": commit(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+             "device": device_name(), "instructions": torch.backends.cpu.get_cpu_capability(),
+             "threads": args.threads, "dtype": dtype}  # fmt: skip
+    for count in args.prompts:
+        for new in args.new_tokens:
+            texts = prompts(count)
+            variants = {
+                "esfast": ours(loaded, texts, new, True),
+                "esfast-plain": ours(loaded, texts, new, False),
+                PEER: peer(loaded, texts, new),
+            }
+            for row in measure(variants, args.rounds, advance):
+                yield {**about, "prompts": count, "new_tokens": new, **row}
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Into the file, in the place of earlier rows of the same instructions and dtypes."""
+    kind = ("instructions", "dtype")
+    new = {tuple(row[key] for key in kind) for row in rows}
+    if RESULTS.exists():
+        with RESULTS.open(newline="", encoding="utf-8") as file:
+            old = [r for r in csv.DictReader(file) if tuple(r[key] for key in kind) not in new]
+        rows = [*old, *rows]
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)

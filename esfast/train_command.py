@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esfast.disk_room import require_disk_for_train
+from esfast.engines.products import told_products
 from esfast.failures import Failures
 from esfast.idle_flags import told_idle
 from esfast.journal import JOURNAL, parse
@@ -144,7 +145,8 @@ def _train(
         trainer.rollout.workers = workers
         trainer.prior = prior
         idle = [] if hasattr(args, "stages_left") else told_idle(args, job.add_arguments)
-        for line in [*told_decay(args, config.strategy), *idle]:
+        slow = told_products(getattr(opened.engine, "model", None))
+        for line in [*told_decay(args, config.strategy), *idle, *slow]:
             trainer.progress.note(line)
         result = trainer.run()
     print_result(trainer.progress.console, result, output)

@@ -29,6 +29,7 @@ from esfast.engines.attention import short_row_attention
 from esfast.engines.base import Completion, Prompt, Sampling
 from esfast.engines.decoding import Decoder, Ends
 from esfast.engines.kv_cache import can_share
+from esfast.engines.products import wide_products
 from esfast.errors import ConfigError, EsfastError, StateError, first_line
 from esfast.parameters import ParameterTable
 from esfast.weights import Weights, weights_of
@@ -139,6 +140,7 @@ class TransformersEngine:
             with (
                 torch.inference_mode(),
                 short_row_attention(self.model),
+                wide_products(self.model),
                 _packed_head_inputs(self.model),
             ):
                 yield
