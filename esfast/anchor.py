@@ -143,7 +143,7 @@ class Anchor:
         copies = []
         for segment in table.segments:
             source = segment.tensor.detach()
-            copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
             copies.append(copy.copy_(source))
         stored = [_Stored(c.data_ptr(), DTYPES[c.dtype], c.element_size(), False) for c in copies]
         anchor = cls(table, stored, list(copies), table.nbytes)

@@ -125,7 +125,9 @@ class AnchorStream(DeviceUpdates):
         self._windows = windows_of(rows, chunk)
         size = max((window.size for window in self._windows), default=0)
         on_gpu = device.type == "cuda"
-        self._pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self._pinned = [
+            torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu) for _ in range(2)
+        ]
         self._held = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._side = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copied, self._used = _events(on_gpu), _events(on_gpu)

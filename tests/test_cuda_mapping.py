@@ -302,7 +302,8 @@ def test_streamed_anchors(emulated: None, dtype: str, layout: str, chunk: int) -
     segments = STREAMED[layout](TORCH[dtype])
     other = [Segment(s.name, s.shape, s.tensor.clone(), s.start) for s in segments]
     one = device_table.DeviceTable(anchored_rows(segments), torch.device("cpu"))
-    cut = anchor_stream.AnchorStream(anchored_rows(other), torch.device("cpu"), chunk)
+    with torch.device("meta"):  # a default of others, which is not asked
+        cut = anchor_stream.AnchorStream(anchored_rows(other), torch.device("cpu"), chunk)
     members = [m.spec for m in population("gaussian", 3)]
     for seed in (1, 2):
         for core in (one, cut):

@@ -171,3 +171,15 @@ def test_what_cannot_be_compared_is_refused():
     drawn = sample(base, PROMPTS, SampleSettings(2))
     with pytest.raises(DataError, match="logits are not finite"):
         divergence(base, engine(broken), PROMPTS, SampleSettings(2), base_samples=drawn)
+
+
+def test_the_default_device_of_others_is_not_asked():
+    base, settings = llama(), SampleSettings(max_new_tokens=4)
+    tuned = moved(base, 0.05)
+
+    def measured():
+        return divergence(engine(base), engine(tuned), PROMPTS, settings)
+
+    with torch.device("meta"):
+        got = measured()
+    assert got == measured()

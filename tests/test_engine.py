@@ -105,6 +105,14 @@ class TestGreedy:
             model, tokenizer, plain, 9
         )
 
+    def test_the_default_device_of_others_is_not_asked(self, model: Any, tokenizer: Any) -> None:
+        engine = TransformersEngine(model, tokenizer)
+        for sampling in (Sampling(12), Sampling(12, temperature=1.0, top_p=0.9)):
+            with torch.device("meta"):  # as torch.set_default_device("cuda") beside a CPU's model
+                got = engine.generate(PROMPTS, sampling)
+            engine._plans.clear()
+            assert got == engine.generate(PROMPTS, sampling)
+
     def test_one_prompt_and_no_prompt(self, model: Any, tokenizer: Any) -> None:
         engine = TransformersEngine(model, tokenizer)
         assert engine.generate([], Sampling(5)) == []

@@ -88,7 +88,8 @@ class Decoder:
         if length == 0:
             return None
         cache = kv_cache.new_cache(self._model.config, length)
-        self._forward(ids, torch.ones_like(ids), torch.arange(length)[None], cache)
+        positions = torch.arange(length, device="cpu")[None]
+        self._forward(ids, torch.ones_like(ids), positions, cache)
         return cache
 
     def _batch(self, batch: Batch, prefix: Cache | None) -> list[_Row]:
@@ -121,7 +122,7 @@ class Decoder:
                 break
             ids, positions = tokens[:, None], positions[:, -1:] + 1
             if 2 * len(unfinished) <= len(live):
-                keep = torch.tensor(unfinished)
+                keep = torch.tensor(unfinished, device="cpu")
                 ids, positions, mask = ids.cpu()[keep], positions[keep], mask[keep]
                 kv_cache.keep_rows(cache, keep.to(self._model.device))
                 live = [live[at] for at in unfinished]

@@ -117,7 +117,7 @@ def make_plan(rows: Sequence[list[int]], batch_size: int, pad: int, share_prefix
     groups = -(-len(rows) // batch_size)
     cuts = [len(rows) * group // groups for group in range(groups + 1)]
     batches = [_pad_left(order[start:end], rows, shared, pad) for start, end in pairwise(cuts)]
-    prefix = torch.tensor([rows[0][:shared]], dtype=torch.int64)
+    prefix = torch.tensor([rows[0][:shared]], dtype=torch.int64, device="cpu")
     return Plan(prefix, tuple(batches), tuple(len(row) for row in rows))
 
 
@@ -164,8 +164,10 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 def _pad_left(group: Sequence[int], rows: Sequence[list[int]], shared: int, pad: int) -> Batch:
     own = [rows[at][shared:] for at in group]
     width = max(len(row) for row in own)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in own])
-    mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in own])
+    tokens = [[pad] * (width - len(row)) + row for row in own]
+    seen = [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in own]
+    # By name: torch.set_default_device would have them elsewhere.
+    ids, mask = (torch.tensor(rows, device="cpu") for rows in (tokens, seen))
     positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, shared:].contiguous()
     return Batch(tuple(group), ids, mask, positions)
 

@@ -196,11 +196,11 @@ def _logits(model: Any, batch: Sequence[Sample]) -> torch.Tensor:
     """
     widest = max(len(s.prompt) for s in batch)
     longest = max(len(s.answer) for s in batch)
-    ids = torch.zeros((len(batch), widest + longest), dtype=torch.int64)
+    ids = torch.zeros((len(batch), widest + longest), dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, s in enumerate(batch):
         span = slice(widest - len(s.prompt), widest + len(s.answer))
-        ids[row, span] = torch.tensor([*s.prompt, *s.answer])
+        ids[row, span] = torch.tensor([*s.prompt, *s.answer], device="cpu")
         mask[row, span] = 1
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     accepted = inspect.signature(model.forward).parameters
