@@ -117,9 +117,10 @@ def _command(argv: list[str] | None) -> int:
         mend = ", or ".join(["a smaller model", *mends])
         return _say(f"not enough memory ({what[0]}). Choose {mend}.", MENDABLE)
     except OSError as error:
-        if error.filename is None:
+        place = error.filename or _unnamed_folder(error)
+        if place is None:
             raise
-        told = f"cannot use {error.filename}: {error.strerror or error}. {OTHER_PLACE}"
+        told = f"cannot use {place}: {error.strerror or error}. {OTHER_PLACE}"
         return _say(told, MENDABLE)
     except KeyboardInterrupt:
         return _say("interrupted; nothing is left half-done.", INTERRUPTED)
@@ -158,6 +159,13 @@ def _lacks_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return "can't allocate memory" in str(error)
+
+
+def _unnamed_folder(error: OSError) -> str | None:
+    """The one that Python misses without a name: torch may want a temporary folder as it is loaded,
+    and a container that may write nowhere has none."""
+    missing = isinstance(error, FileNotFoundError) and "temporary" in str(error.strerror)
+    return "a temporary folder (TMPDIR names one)" if missing else None
 
 
 def _say(message: str, code: int) -> int:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("esfast.train_command.run_train", broken)
     with pytest.raises(ZeroDivisionError):
         run("train")
+
+
+def test_a_machine_without_a_temporary_folder_is_told_of_it(monkeypatch, capsys):
+    def nowhere(args):
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such/folder"])
+        tempfile.gettempdir()
+
+    monkeypatch.setattr("esfast.info.run_info", nowhere)
+    assert run("info") == 2
+    assert re.match(r"esfast: cannot use .*TMPDIR.*/no/such/folder", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
