@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from esfast.errors import ConfigError, DataError, EsfastError, first_line
+from esfast.home_folders import at_home
 from esfast.resources import require_disk
 from esfast.segments import Segment
 from esfast.whole_file import sync
@@ -143,7 +144,7 @@ def save_model(
     goes to esfast.json beside them. An existing model is replaced. Raises ConfigError for a folder
     that holds something else, EsfastError for a full disk; `folder` is then as it was.
     """
-    target = Path(folder).expanduser().absolute()
+    target = at_home(folder).absolute()
     require_replaceable(target)
     require_disk(target, _weights_bytes(loaded.model) + SMALL_FILES, f"saving a model to {folder}")
     try:

@@ -28,6 +28,7 @@ from esfast import continual_plots
 from esfast.continual import Stage, chain_of, handed_on, plan, results
 from esfast.continual.stages import CONTINUAL, SEEDS_A_STAGE
 from esfast.errors import ConfigError, DataError, EsfastError
+from esfast.home_folders import place
 from esfast.loggers import require_packages
 from esfast.models import load_model, require_transformers
 from esfast.parameters import ParameterTable
@@ -75,7 +76,9 @@ def add_continual_arguments(parser: argparse.ArgumentParser) -> None:
         "--generations", default="10", metavar="N,N,N", help="of each stage, or one number for all"
     )
     group.add_argument("--anchor", choices=ANCHORS, default="original", help="what decay pulls to")
-    group.add_argument("--resume", default=None, metavar="DIR", help="go on with this folder")
+    group.add_argument(
+        "--resume", default=None, type=place, metavar="DIR", help="go on with this folder"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 from esfast.errors import ConfigError, DataError, EsfastError, StateError
+from esfast.home_folders import at_home
 from esfast.journal_format import (
     CHECK_BYTES,
     HEAD,
@@ -77,7 +78,7 @@ class Journal:
 
 def journal_path(run: str | Path) -> Path:
     """The journal of a run's folder, or the file itself. DataError for a name no file has."""
-    path = Path(run).expanduser()
+    path = at_home(run)
     try:
         return path / JOURNAL if path.is_dir() else path
     except OSError as error:  # of 256 letters, for one

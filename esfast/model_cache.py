@@ -42,9 +42,17 @@ MEMORY_NEEDED = 1_000_000_000
 
 
 def cache_folder() -> Path:
-    """$ESFAST_CACHE, or ~/.cache/esfast."""
-    named = os.environ.get("ESFAST_CACHE")
-    return (Path(named) if named else Path.home() / ".cache" / "esfast").expanduser().absolute()
+    """$ESFAST_CACHE, or ~/.cache/esfast. EsfastError where ~ is nobody's, as in a container under a
+    user that its password file does not know."""
+    named = os.environ.get("ESFAST_CACHE") or "~/.cache/esfast"
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise EsfastError(
+            f"the model cache is {named!r}, and there is no such home folder (HOME is "
+            f"{os.environ.get('HOME', 'not set')!r}, the user {os.getuid()}). Name a folder in "
+            "full with ESFAST_CACHE, or set HOME."
+        ) from None
 
 
 def cached_smollm2() -> Path:

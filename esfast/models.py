@@ -19,6 +19,7 @@ import torch
 
 from esfast.checkpoint import LoadedModel, is_model_folder, stored_shapes
 from esfast.errors import ConfigError, DataError, EsfastError, first_line
+from esfast.home_folders import at_home
 from esfast.resources import readable, require_memory
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -57,10 +58,7 @@ def model_folder(name_or_path: str | Path) -> Path:
         from esfast.model_cache import cached_smollm2
 
         return cached_smollm2()
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # ~somebody, who is not known here
-        path = Path(name)
+    path = at_home(name)
     if name and path.exists():
         return _local(path)
     is_name = isinstance(name_or_path, str) and HUB_NAME.fullmatch(name)

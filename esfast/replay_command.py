@@ -20,6 +20,7 @@ from esfast.checkpoint import save_model
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.failures import visible
+from esfast.home_folders import place
 from esfast.journal import JOURNAL, Journal, export_journal, journal_path, read_journal
 from esfast.models import load_model, model_folder, without_bars
 from esfast.provenance import provenance
@@ -31,7 +32,7 @@ from esfast.weights import MEMORIES, Weights
 
 def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast replay`."""
-    parser.add_argument("journal", metavar="RUN", help="run folder, or its journal.esj")
+    parser.add_argument("journal", type=place, metavar="RUN", help="run folder, or its journal.esj")
     _add_target_flags(parser)
     parser.add_argument("--until", type=int, default=None, help="generations; all if not given")
     parser.add_argument("--verify", action="store_true", help="compare every recorded checksum")
@@ -39,15 +40,19 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast apply`."""
-    parser.add_argument("journal", metavar="ADAPTER", help="file of esfast export-adapter")
+    parser.add_argument(
+        "journal", type=place, metavar="ADAPTER", help="file of esfast export-adapter"
+    )
     _add_target_flags(parser)
     parser.set_defaults(until=None, verify=True)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `esfast export-adapter`."""
-    parser.add_argument("journal", metavar="RUN", help="run folder, or its journal.esj")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="such as tuned.esj")
+    parser.add_argument("journal", type=place, metavar="RUN", help="run folder, or its journal.esj")
+    parser.add_argument(
+        "-o", "--output", required=True, type=place, metavar="FILE", help="such as tuned.esj"
+    )
 
 
 def _add_target_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +60,9 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anchor-model", default=None, metavar="MODEL", help="the run's --anchor-model"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument(
+        "--output", required=True, type=place, metavar="DIR", help="new or empty folder"
+    )
     parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")
 

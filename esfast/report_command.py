@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from esfast.errors import ConfigError
+from esfast.home_folders import at_home
 from esfast.html_report import build, figures_folder, read_runs, read_subjects
 from esfast.html_report.run_data import DIAGNOSTICS, Subject, with_subjects
 from esfast.html_report.sequence import is_chain, read_chain
@@ -31,10 +32,10 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Writes the report and its figures. Reads everything before it writes anything."""
-    output = Path(args.output).expanduser()
+    output = at_home(args.output)
     _require_writable(output)
     names = None if args.names is None else [name.strip() for name in args.names.split(",")]
-    given = [Path(path).expanduser() for path in args.runs]
+    given = [at_home(path) for path in args.runs]
     chains = [read_chain(path) for path in given if is_chain(path)]
     stages = {chain.path: chain.stages for chain in chains}
     folders = [folder for path in given for folder in stages.get(path, (path,))]

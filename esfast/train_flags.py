@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from esfast.engines.base import Sampling
 from esfast.errors import ConfigError
+from esfast.home_folders import place
 from esfast.loggers import LOGGERS
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
@@ -150,8 +151,12 @@ def add_run_flags(group: argparse._ArgumentGroup, prompts: int) -> None:
     )
     group.add_argument("--eval-every", type=positive, default=5, help="generations")
     group.add_argument("--eval-size", type=positive, default=96, help="held-out prompts at most")
-    group.add_argument("--resume", default=None, metavar="RUN", help="go on with this run folder")
-    group.add_argument("--output", default=None, help="run folder; a new one in runs/ if not given")
+    group.add_argument(
+        "--resume", default=None, type=place, metavar="RUN", help="go on with this run folder"
+    )
+    group.add_argument(
+        "--output", default=None, type=place, help="run folder; a new one in runs/ if not given"
+    )
     group.add_argument(
         "--plots", action=argparse.BooleanOptionalAction, default=True, help="PNGs, at the end"
     )

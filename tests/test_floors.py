@@ -19,7 +19,7 @@ ROOT = Path(esfast.__file__).parent
 FLOORS = {
     "_core": 0,
     "errors": 1, "members": 1, "shaping": 1, "strategy": 1, "update": 1, "journal": 1,
-    "journal_format": 1, "bounds": 1, "whole_file": 1, "interrupts": 1,
+    "journal_format": 1, "bounds": 1, "whole_file": 1, "home_folders": 1, "interrupts": 1,
     "member_loop": 1,
     "parameters": 2, "segments": 2, "weights": 2, "anchor": 2, "checkpoint": 2, "resources": 2,
     "stored_names": 2, "held_tensors": 2, "outside_edits": 2,

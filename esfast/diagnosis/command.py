@@ -33,6 +33,7 @@ from esfast.forgetting.energy import SHARES
 from esfast.forgetting.equal_norm import Difference, RandomDirection
 from esfast.forgetting.groups import GROUPS
 from esfast.forgetting.subjects import Base, Moment, Run, Subject, names_of, open_subject
+from esfast.home_folders import place
 from esfast.models import model_folder
 from esfast.plots import require_plots
 from esfast.provenance import provenance
@@ -52,7 +53,9 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the runs' own, where config.json does not lead to it",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty")
+    parser.add_argument(
+        "--output", required=True, type=place, metavar="FOLDER", help="new or empty"
+    )
     parser.add_argument("--at", default="last", help="generations, such as 0,10,last")
     parser.add_argument("--every", type=positive, default=None, help="and every so many of them")
     parser.add_argument("--as-dtype", choices=DTYPES, default=None, help="compare as stored in it")

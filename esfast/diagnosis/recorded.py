@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from esfast.errors import EsfastError
+from esfast.home_folders import at_home
 from esfast.models import model_folder
 from esfast.run_folder import CONFIG, read_config
 
 
 def recorded_flags(source: str) -> dict[str, Any] | None:
     """Of a run's folder or its journal; None where no config.json says them."""
-    folder = Path(source).expanduser()
+    folder = at_home(source)
     if folder.name and not folder.is_dir():
         folder = folder.parent
     flags = read_config(folder).get("arguments") if _is_run(folder) else None

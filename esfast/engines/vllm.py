@@ -39,6 +39,7 @@ from esfast.engines.vllm_reach import require_reach
 from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
 from esfast.errors import ConfigError, EsfastError, StateError, first_line
+from esfast.home_folders import at_home
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer
 from esfast.resources import available_memory
@@ -154,7 +155,7 @@ class VLLMEngine:
     def save(self, folder: str | Path, made: Mapping[str, Any] | None = None) -> Path:
         """The live weights with the configuration and tokenizer of the base, as `save_model` writes
         them: plain transformers loads the folder. Errors as of `esfast.checkpoint.save_model`."""
-        target = Path(folder).expanduser().absolute()
+        target = at_home(folder).absolute()
         require_replaceable(target)
         weights = self._weights or self.live_weights()
         with new_folder(target) as fresh:

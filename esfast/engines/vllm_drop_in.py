@@ -22,12 +22,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from esfast.engines.vllm_plugin import followed
 from esfast.engines.vllm_shard import Shard
 from esfast.errors import ConfigError, StateError, first_line
+from esfast.home_folders import at_home
 from esfast.members import Member, generation_seed, whole
 from esfast.strategy import LARGEST, SMALLEST, AnchoredDecay, real
 from esfast.update import Update
@@ -149,13 +149,13 @@ class DropIn:
     def save(self, path: str) -> None:
         """The weights as they are, with all that was added; no member is forgotten."""
         self._settle()
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        self._shard.write(str(Path(path).expanduser()))
+        at_home(path).parent.mkdir(parents=True, exist_ok=True)
+        self._shard.write(str(at_home(path)))
 
     def load(self, path: str) -> None:
         """The weights of a file; nothing is added to them, and updates are counted from 0, so that
         engines that load the same go on alike."""
-        self._shard.load(str(Path(path).expanduser()))
+        self._shard.load(str(at_home(path)))
         self._added, self._live, self._updates, self._done = [], None, [], 0
         self._base = self._shard.checksum()
 

@@ -22,6 +22,7 @@ from esfast.checkpoint import is_model_folder
 from esfast.errors import ConfigError, DataError
 from esfast.forgetting.drift import CheckpointTensors, Tensors, tensors_of
 from esfast.forgetting.laws import norms_of_coefficients
+from esfast.home_folders import at_home
 from esfast.journal import Journal, journal_path, read_journal
 from esfast.models import load_model, model_folder
 from esfast.replay import replay, strategy_of, usual_dtype
@@ -229,7 +230,7 @@ class Checkpoint:
 def open_subject(source: str, name: str, anchors: Sequence[Path] = ()) -> Subject:
     """A run's folder, its journal or an exported one, or a model's folder; DataError for another
     thing. Of a run without a journal (GRPO's) it is the model that it left. anchors: of `Run`."""
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_dir() and not journal_path(path).exists():
         for folder in (path, path / LEFT):
             if folder.is_dir() and is_model_folder(folder):
@@ -248,7 +249,7 @@ def names_of(sources: Sequence[str]) -> list[str]:
 
     A run's own model is named as the run. ConfigError where a source is given twice.
     """
-    whole = [Path(source).expanduser().absolute().parts for source in sources]
+    whole = [at_home(source).absolute().parts for source in sources]
     parts = [p[:-1] if p[-1:] == (LEFT,) else p for p in whole]
     if len(set(parts)) < len(parts):  # a run and its model
         parts = whole

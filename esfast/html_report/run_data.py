@@ -18,6 +18,7 @@ from typing import Any
 from esfast.errors import ConfigError, DataError
 from esfast.fast_slow.cycles import Cycle, read_cycles
 from esfast.forgetting.subjects import told_apart
+from esfast.home_folders import at_home
 from esfast.journal import JOURNAL, Journal, read_journal
 from esfast.prior.evaluation import PRIOR, read_scores
 from esfast.prior.scores import PriorScore
@@ -166,7 +167,7 @@ def read_runs(paths: Sequence[str], names: Sequence[str] | None = None) -> list[
     names: one a run; else the folders' own, with their parents where two are alike. Raises
     ConfigError for names that do not fit, DataError for a folder that is no run or is damaged.
     """
-    folders = [Path(path).expanduser() for path in paths]
+    folders = [at_home(path) for path in paths]
     if len({folder.resolve() for folder in folders}) != len(folders):
         raise ConfigError("a run is given twice; give each once.")
     own = told_apart([folder.resolve().parts for folder in folders]) or []
@@ -206,7 +207,7 @@ def read_run(folder: Path, name: str) -> RunData:
 
 def read_subjects(path: str | Path) -> list[Subject]:
     """All subjects of a forgetting.json, or of the folder that holds one. Raises DataError."""
-    given = Path(path).expanduser()
+    given = at_home(path)
     file = given / DIAGNOSTICS.name if given.is_dir() else given
     content = read_json(file)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -216,7 +217,7 @@ def read_subjects(path: str | Path) -> list[Subject]:
         )
     made_from = _made_from(file.resolve().parent, content)
     return [
-        Subject(str(s["name"]), s, content, made_from / Path(str(s["source"])).expanduser())
+        Subject(str(s["name"]), s, content, made_from / at_home(str(s["source"])))
         for s in content["subjects"]
     ]
 
