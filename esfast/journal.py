@@ -39,7 +39,7 @@ from esfast.journal_format import (
     encode_header,
     seal,
 )
-from esfast.whole_file import lock, sync, write_whole
+from esfast.whole_file import leave_to_parent, lock, sync, write_whole
 
 JOURNAL = "journal.esj"  # its name in a run's folder
 EXPORT_MAGIC = b"\x89ESZ\r\n\x1a\n"
@@ -193,6 +193,7 @@ class JournalWriter:
         # A notebook's cell that is run again takes up the journal that it left without a close.
         self._release = weakref.finalize(self, os.close, descriptor)
         self._release.atexit = False  # the process's end does it
+        leave_to_parent(self)
         done = len(journal.generations)
         self._tip = _Tip(journal.chains[-1], journal.whole_bytes, done, journal.chain_at(done))
 

@@ -7,6 +7,7 @@ import csv
 import fcntl
 import io
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +86,20 @@ def lock(descriptor: int, what: str) -> None:
             f"another process writes {what} (or this one does, elsewhere); wait for it or stop it "
             "first."
         ) from None
+
+
+_OURS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def leave_to_parent(writer: Any) -> None:
+    """Closes `writer` in every fork of this process, which would write over what its parent writes,
+    and keep the lock of one that was killed."""
+    _OURS.add(writer)
+
+
+def _close_in_fork() -> None:
+    for writer in list(_OURS):
+        writer.close()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)

@@ -51,6 +51,40 @@ def test_one_process_writes_at_a_time(tmp_path):
         writer.append(generation(1))
 
 
+def test_a_fork_leaves_the_journal_to_its_parent(tmp_path):
+    """It knows the end from before, and would cut off what the parent has written since."""
+    with JournalWriter.create(tmp_path / "run.esj", HEADER) as journal:
+        child = os.fork()
+        if child == 0:
+            try:
+                journal.append(generation(0))
+                os._exit(1)
+            except BaseException as error:
+                os._exit(0 if "is closed" in str(error) else 2)
+        journal.append(generation(0))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with pytest.raises(StateError, match="another process"):
+            JournalWriter.resume(tmp_path / "run.esj")
+        journal.append(generation(1))
+    assert len(read_journal(tmp_path / "run.esj").generations) == 2
+
+
+def test_the_lock_of_a_run_that_ended_is_not_kept_by_its_forks(tmp_path):
+    with JournalWriter.create(tmp_path / "run.esj", HEADER):
+        ready, told = os.pipe()
+        over, end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(told, b".")
+            os.close(end)
+            os.read(over, 1)
+            os._exit(0)
+        os.read(ready, 1)
+    JournalWriter.resume(tmp_path / "run.esj").close()
+    os.close(end)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_torn_end_is_cut_off_when_the_run_goes_on(tmp_path):
     path = tmp_path / "j"
     path.write_bytes(WHOLE[:-30])
