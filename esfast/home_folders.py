@@ -3,6 +3,7 @@ in `--output=~/run`, and nobody does where a program starts the command."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 
@@ -17,5 +18,10 @@ def at_home(name: str | Path) -> Path:
 
 
 def place(text: str) -> str:
-    """The same of a flag's text."""
+    """The same of a flag's text, which models are to be written under."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        said = f"{text!r} is no UTF-8, as names have to be that safetensors writes to"
+        raise argparse.ArgumentTypeError(said) from None
     return str(at_home(text)) if text.startswith("~") else text

@@ -45,6 +45,16 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(
     assert {place for place in places.values() if place} == {str(tmp_path / "run")}
 
 
+def test_a_name_that_no_model_is_written_under_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/run\xff")
+    assert cli.main(["train", "--output", name]) == 2
+    said = capsys.readouterr().err
+    assert "--output" in said and "no UTF-8" in said
+    assert not os.path.lexists(name)
+
+
 def test_what_is_saved_over_is_what_was_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
