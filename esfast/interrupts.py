@@ -52,6 +52,40 @@ class Interrupts:
             self._before(signal.SIGINT, None)
 
 
+class _Unnamed(BaseException):
+    """A KeyboardInterrupt that nobody catches who catches those."""
+
+
+@contextmanager
+def not_swallowed() -> Iterator[None]:
+    """Around a library's code that catches a KeyboardInterrupt and goes on (vLLM's, where it waits
+    for its processes to start): it passes through under another name, and leaves as what it was;
+    one that was swallowed even so (by a destructor) is raised at the end."""
+    before: Any = signal.getsignal(signal.SIGINT)
+    asked = False
+
+    def take(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        try:
+            before(number, frame)
+        except KeyboardInterrupt:
+            asked = True
+            raise _Unnamed from None
+
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, take)
+    try:
+        yield
+    except _Unnamed:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def ended_as_interrupted() -> Iterator[None]:
     """SIGTERM, which batch systems send before they kill, does once what Ctrl-C does: a run is put

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from esfast import cli
-from esfast.interrupts import Interrupts, ended_as_interrupted
+from esfast.interrupts import Interrupts, ended_as_interrupted, not_swallowed
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,35 @@ def test_it_waits_until_the_weights_rest() -> None:
         done.append("moved")
         held.rest()
         done.append("more")
+    assert done == ["moved"]
+
+
+def test_a_library_that_catches_it_does_not_stop_it() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), ended_as_interrupted(), not_swallowed():
+        with suppress(Exception, KeyboardInterrupt):
+            terminate()
+        done.append("went on")
+    assert done == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_strikes_in_a_destructor_comes_after_it() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), not_swallowed():
+        Dying()
+
+
+def test_one_that_waits_for_the_weights_still_does() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Interrupts(moving=True) as held:
+        with not_swallowed():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("moved")
+        held.rest()
     assert done == ["moved"]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from vllm_tiny import checksum_of, save_tiny
 
 from esfast import read_journal
 from esfast.cli import main
+from esfast.engines.vllm_processes import engine_processes
 from esfast.models import load_model
 from esfast.replay import replay, strategy_of
 
@@ -50,6 +55,26 @@ def test_a_run_resumes_and_replays_in_the_other_engine(folder: Path, tmp_path: P
     assert checksum_of(tmp_path / "run" / "model") == es.weights.checksum()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["peak_over_inference"] is not None
+
+
+def test_one_that_is_ended_while_vllm_starts_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM catches a KeyboardInterrupt there, and then waits for a core that will not be ready."""
+    from vllm.v1.engine import core_client
+
+    def terminate() -> None:
+        while not engine_processes(os.getpid()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setattr(core_client, "VLLM_ENGINE_READY_TIMEOUT_S", 1)
+    threading.Thread(target=terminate, daemon=True).start()
+    flags = ["--reward", "letters:reward", "--data", "p.jsonl", "--output", "run"]
+    assert main(command(folder, *flags)) == 130
+    assert "interrupted" in capsys.readouterr().err and not Path("run").exists()
+    assert engine_processes(os.getpid()) == {}
 
 
 def test_the_command_refuses_in_a_paragraph(

@@ -40,6 +40,7 @@ from esfast.engines.vllm_remote import RemoteWeights
 from esfast.engines.vllm_replies import answered
 from esfast.errors import ConfigError, EsfastError, StateError, first_line
 from esfast.home_folders import at_home
+from esfast.interrupts import not_swallowed
 from esfast.members import member_seed
 from esfast.models import model_folder, read_tokenizer
 from esfast.resources import available_memory
@@ -314,6 +315,7 @@ def _memory(workers: int, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": cache}
 
 
+@not_swallowed()
 def _start(folder: Path, given: Mapping[str, Any]) -> Any:
     from vllm import LLM
 
