@@ -170,10 +170,8 @@ def _goes_on_from(run: Path, every: int) -> tuple[int, Path | None]:
 
 
 def _description(args: argparse.Namespace, config: GrpoConfig, task: Task) -> dict[str, Any]:
-    made = provenance(args.command_line)
-    made["packages"]["trl"] = version("trl")
     return {
-        "made": made,
+        "made": provenance(args.command_line, ["trl"]),
         "method": "grpo",
         "model": str(args.model),
         "dtype": args.dtype,

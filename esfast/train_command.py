@@ -19,7 +19,7 @@ from esfast.launch.torchrun import join_workers
 from esfast.launch.workers import Workers
 from esfast.loggers import make_loggers, require_packages
 from esfast.measure import Clock
-from esfast.opening import Opened, open_engine
+from esfast.opening import Opened, open_engine, packages_of
 from esfast.plots import require_plots
 from esfast.prior import PriorTasks
 from esfast.prompt_room import Dealt, require_prompts_fit
@@ -182,7 +182,7 @@ def _description(
     args: argparse.Namespace, config: TrainConfig, task: Task, job: TrainJob
 ) -> dict[str, Any]:
     return {
-        "made": provenance(args.command_line),
+        "made": provenance(args.command_line, packages_of(args)),
         **({"method": job.method} if job.method else {}),
         "model": str(args.model),
         "dtype": args.dtype,

