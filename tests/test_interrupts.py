@@ -13,6 +13,7 @@ import pytest
 
 from esfast import cli
 from esfast.interrupts import Interrupts, ended_as_interrupted, not_swallowed
+from esfast.launch.ray_cluster import _own_sigterm
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,14 @@ def test_one_that_waits_for_the_weights_still_does() -> None:
             done.append("moved")
         held.rest()
     assert done == ["moved"]
+
+
+def test_one_that_ends_the_start_of_ray_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt), ended_as_interrupted(), _own_sigterm():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+        terminate()
+    with pytest.raises(SystemExit), _own_sigterm():
+        sys.exit(signal.SIGTERM)  # where SIGTERM would kill
 
 
 def test_a_command_that_is_terminated_is_an_interrupted_one(

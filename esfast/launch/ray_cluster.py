@@ -75,13 +75,19 @@ class Cluster:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """ray.init puts a handler of its own in the place of what SIGTERM does to a run."""
-    before = signal.getsignal(signal.SIGTERM)
+    """ray.init puts a handler of its own, which exits, in the place of what SIGTERM does here."""
+    before, ended = signal.getsignal(signal.SIGTERM), False
     try:
         yield
+    except SystemExit as error:
+        ended = callable(before) and error.code == signal.SIGTERM
+        if not ended:
+            raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+    if ended:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _ray() -> Any:
