@@ -1,10 +1,10 @@
 """Products of 16-bit matrices on a CPU without instructions for them.
 
 There torch multiplies bfloat16 without AVX-512, and float16 without AVX512-FP16, in loops of its
-own: a member's evaluation of SmolLM2-135M took 11.3 s of processor time so, 5.5 s with the factors
-widened to float32 for each product, and 2.2 s in bfloat16 with AVX-512 (docs/engines.md). A widened
-product is summed in float32 and rounded once, as oneDNN does it; only one factor at a time takes
-more memory. Not promised: the bits of either. The same processor gives the same bits.
+own: a member's evaluation takes about half of the time with the factors widened to float32 for each
+product (docs/engines.md has figures). A widened product is summed in float32 and rounded once, as
+oneDNN does it; only one factor at a time takes more memory. Not promised: the bits of either. The
+same processor gives the same bits.
 """
 
 from __future__ import annotations
