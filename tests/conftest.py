@@ -215,6 +215,17 @@ def given_up_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture
+def the_usual_handlers() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as a process finds them at its start; ray.init leaves its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, ended)
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of a report's words and numbers: drawing takes most of its time."""
     from esfast.html_report import drawing, pictures

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -15,15 +14,7 @@ from esfast import cli
 from esfast.interrupts import Interrupts, ended_as_interrupted, not_swallowed
 from esfast.launch.ray_cluster import _own_sigterm
 
-
-@pytest.fixture(autouse=True)
-def the_usual_handlers() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    ended = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGTERM, ended)
+pytestmark = pytest.mark.usefixtures("the_usual_handlers")
 
 
 def terminate() -> None:
