@@ -75,7 +75,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if worker or chosen or asked.capture == "no" or not config.pluginmanager.hasplugin("xdist"):
         return
     if asked.numprocesses is None and asked.dist == "no":
-        asked.numprocesses, asked.dist = min(4, len(os.sched_getaffinity(0))), "loadfile"
+        asked.numprocesses, asked.maxprocesses, asked.dist = "logical", 4, "loadfile"
 
 
 @pytest.hookimpl(optionalhook=True)
