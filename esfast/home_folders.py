@@ -18,10 +18,15 @@ def at_home(name: str | Path) -> Path:
 
 
 def place(text: str) -> str:
-    """The same of a flag's text, which models are to be written under."""
+    """The same of a flag's text."""
+    return str(at_home(text)) if text.startswith("~") else text
+
+
+def model_place(text: str) -> str:
+    """The same of a flag that a model is to be written under."""
     try:
         text.encode()
     except UnicodeEncodeError:
         said = f"{text!r} is no UTF-8, as names have to be that safetensors writes to"
         raise argparse.ArgumentTypeError(said) from None
-    return str(at_home(text)) if text.startswith("~") else text
+    return place(text)

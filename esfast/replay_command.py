@@ -20,7 +20,7 @@ from esfast.checkpoint import save_model
 from esfast.errors import ConfigError
 from esfast.evolution import EvolutionStrategy
 from esfast.failures import visible
-from esfast.home_folders import place
+from esfast.home_folders import model_place, place
 from esfast.journal import JOURNAL, Journal, export_journal, journal_path, read_journal
 from esfast.models import load_model, model_folder, without_bars
 from esfast.provenance import provenance
@@ -61,7 +61,7 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
         "--anchor-model", default=None, metavar="MODEL", help="the run's --anchor-model"
     )
     parser.add_argument(
-        "--output", required=True, type=place, metavar="DIR", help="new or empty folder"
+        "--output", required=True, type=model_place, metavar="DIR", help="new or empty folder"
     )
     parser.add_argument("--threads", type=thread_count, default=None, help="all cores if not given")
     parser.add_argument("--memory", choices=MEMORIES[:2], default="lean", help="same bits in both")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from esfast.engines.base import Sampling
 from esfast.errors import ConfigError
-from esfast.home_folders import place
+from esfast.home_folders import model_place, place
 from esfast.loggers import LOGGERS
 from esfast.members import NOISES
 from esfast.models import DEFAULT_MODEL
@@ -155,7 +155,10 @@ def add_run_flags(group: argparse._ArgumentGroup, prompts: int) -> None:
         "--resume", default=None, type=place, metavar="RUN", help="go on with this run folder"
     )
     group.add_argument(
-        "--output", default=None, type=place, help="run folder; a new one in runs/ if not given"
+        "--output",
+        default=None,
+        type=model_place,
+        help="run folder; a new one in runs/ if not given",
     )
     group.add_argument(
         "--plots", action=argparse.BooleanOptionalAction, default=True, help="PNGs, at the end"

@@ -47,6 +47,26 @@ def test_a_product_is_summed_in_float32_and_rounded_once(
     assert got.dtype == dtype and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_a_large_weight_is_widened_by_parts(
+    bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = (torch.arange(-k, n - k) % 7 for k, n in ((0, 2 * 5 * 64), (3, 7 * 64)))
+    x, weight = x.reshape(2, 5, 64).half(), weight.reshape(7, 64).half()
+    given = {"bias": None if bias is None else (4 * bias).round().half()}
+    want = F.linear(x.double(), weight.double(), None if bias is None else given["bias"].double())
+    sizes = []
+    widen = products._wide
+    monkeypatch.setattr(products, "WIDENED_AT_ONCE", 3 * 64 + 1)
+    monkeypatch.setattr(
+        products, "_wide", lambda func, *args: sizes.append(len(args[1])) or widen(func, *args)
+    )
+    with WideProducts(frozenset(NARROW)):
+        got = F.linear(x, weight, **given)
+    assert sizes == [3, 3, 1]
+    assert got.dtype == torch.float16 and torch.equal(got, want.half())
+
+
 def test_other_dtypes_and_functions_are_left_alone() -> None:
     x = torch.full((2, 2), 3, dtype=torch.bfloat16)
     want = torch.add(x, x), torch.full_like(x.double(), 3) @ x.double(), x.half() @ x.half()
